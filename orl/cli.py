@@ -1,0 +1,264 @@
+"""`orl COMMAND`: one command per rule of the workflow, so that what a rule runs a person can type."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orl import InputError, __version__
+from orl.config import Config, load
+
+EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
+rois -> correspond -> pretrain --stage stage3 -> evaluate -> report. `snakemake --cores all` runs it all."""
+
+MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
+ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
+PROPOSALS = ("--proposals", "FILE", "proposals.h5, made by `orl propose`")
+
+
+def _scenes(args: argparse.Namespace, config: Config) -> None:
+    from orl.data.scenes import generate
+
+    generate(args.output, **config.data.scenes.model_dump(), workers=args.threads)
+
+
+def _manifest(args: argparse.Namespace, config: Config) -> None:
+    from orl.data.manifest import build
+
+    build(config, args.root, args.output, args.rejected, args.threads)
+
+
+def _pretrain(args: argparse.Namespace, config: Config) -> None:
+    from orl.pretrain import loop
+
+    if args.stage == "random":
+        loop.random(config, Path(args.output))
+        return
+    loop.train(
+        config,
+        args.stage,
+        _given(args, "root"),
+        _given(args, "manifest"),
+        Path(args.output),
+        proposals_path=args.proposals,
+        correspondences_path=args.correspondences,
+        threads=args.threads,
+        checkpoint_minutes=args.checkpoint_minutes,
+        log_every=args.log_every,
+    )
+
+
+def _embed(args: argparse.Namespace, config: Config) -> None:
+    from orl.discovery.embed import embed
+
+    embed(config, args.root, args.manifest, args.model, args.output, args.threads)
+
+
+def _propose(args: argparse.Namespace, config: Config) -> None:
+    from orl.discovery.proposals import propose
+
+    propose(config, args.root, args.manifest, args.output, args.threads)
+
+
+def _neighbors(args: argparse.Namespace, config: Config) -> None:
+    from orl.discovery.neighbors import neighbors
+
+    neighbors(config, args.embeddings, args.output, args.threads)
+
+
+def _rois(args: argparse.Namespace, config: Config) -> None:
+    from orl.discovery.rois import rois
+
+    rois(config, args.root, args.manifest, args.proposals, args.backbone, args.output, args.threads)
+
+
+def _correspond(args: argparse.Namespace, config: Config) -> None:
+    from orl.discovery.correspondences import correspond
+
+    correspond(config, args.manifest, args.neighbors, args.proposals, args.rois, args.output)
+
+
+def _evaluate(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.svm import evaluate
+
+    evaluate(config, args.backbone, args.name, args.labels, args.output, args.threads)
+
+
+def _report(args: argparse.Namespace, config: Config) -> None:
+    from orl.report.page import report
+
+    report(
+        args.run_name,
+        args.root,
+        args.manifest,
+        args.rejected,
+        args.metrics,
+        args.scores,
+        args.neighbors,
+        args.proposals,
+        args.correspondences,
+        config.data.exif,
+        args.output,
+    )
+
+
+def _given(args: argparse.Namespace, name: str) -> str:
+    value = getattr(args, name)
+    if value is None:
+        raise InputError(f"orl {args.command} --stage {args.stage} needs --{name}; name it.")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    whole = argparse.ArgumentParser(
+        prog="orl", description="Object-level representation learning from scene photos.", epilog=EPILOG
+    )
+    whole.add_argument("--version", action="version", version=f"orl {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace, Config], None],
+        text: str,
+        *files: tuple[str, str, str],
+        output: str,
+        settings: Sequence[str] = (),
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        reads = f"; it reads {', '.join(settings)}" if settings else ""
+        sub.add_argument(
+            "--settings",
+            metavar="CONFIG",
+            default="{}",
+            help=f"a config file, or JSON text of the same form{reads}; what is not given has the paper's value",
+        )
+        for flag, metavar, what in files:
+            sub.add_argument(flag, metavar=metavar, required=True, help=what)
+        sub.add_argument("--output", required=True, help=output)
+        sub.add_argument("--threads", type=_count, default=os.cpu_count(), help="CPU cores to use (default: all)")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("scenes", _scenes, "draw the embedded scenes", output="folder to make", settings=["data.scenes"])
+    sub = command(
+        "manifest",
+        _manifest,
+        "list the photos, each decoded once",
+        ("--root", "FOLDER", "folder of the photos"),
+        ("--rejected", "FILE", "CSV to write: the files that are no photo, with the reason"),
+        output="manifest.csv to write",
+        settings=["data"],
+    )
+    sub = command(
+        "pretrain",
+        _pretrain,
+        "train stage 1 (image level) or stage 3 (object level), going on where an interrupted run stopped",
+        output="folder of the model: backbone.safetensors, model.safetensors, metrics.csv",
+        settings=["stage1 or stage3", "seed", "precision"],
+    )
+    sub.add_argument("--stage", required=True, choices=["stage1", "stage3", "random"], help="random: no training")
+    for flag, metavar, what in (ROOT, MANIFEST):
+        sub.add_argument(flag, metavar=metavar, help=what)
+    sub.add_argument("--proposals", metavar="FILE", help="proposals.h5 (stage3)")
+    sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5 (stage3)")
+    sub.add_argument("--checkpoint-minutes", type=float, default=15, help="minutes between checkpoints (default 15)")
+    sub.add_argument("--log-every", type=_count, default=50, help="steps between log lines (default 50)")
+    command(
+        "embed",
+        _embed,
+        "embed every photo with the projector of stage 1",
+        ROOT,
+        MANIFEST,
+        ("--model", "FILE", "model.safetensors of stage 1"),
+        output="embeddings.h5 to write",
+        settings=["embeddings"],
+    )
+    command(
+        "propose",
+        _propose,
+        "find boxes that may hold an object, by selective search",
+        ROOT,
+        MANIFEST,
+        output="proposals.h5 to write",
+        settings=["proposals", "seed"],
+    )
+    command(
+        "neighbors",
+        _neighbors,
+        "find the most similar photos of each photo",
+        ("--embeddings", "FILE", "embeddings.h5, made by `orl embed`"),
+        output="neighbors.h5 to write",
+        settings=["neighbors"],
+    )
+    command(
+        "rois",
+        _rois,
+        "embed every proposal, once",
+        ROOT,
+        MANIFEST,
+        PROPOSALS,
+        ("--backbone", "FILE", "backbone.safetensors of stage 1"),
+        output="rois.h5 to write",
+        settings=["rois"],
+    )
+    command(
+        "correspond",
+        _correspond,
+        "pair the RoIs of each photo with those of its neighbours",
+        MANIFEST,
+        ("--neighbors", "FILE", "neighbors.h5, made by `orl neighbors`"),
+        PROPOSALS,
+        ("--rois", "FILE", "rois.h5, made by `orl rois`"),
+        output="correspondences.h5 to write",
+        settings=["correspondences"],
+    )
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "measure how good a backbone is",
+        ("--backbone", "FILE", "backbone.safetensors of any model"),
+        ("--name", "NAME", "what the result calls the model"),
+        output="JSON to write",
+        settings=["downstream"],
+    )
+    sub.add_argument("task", choices=["voc07_svm"], help="voc07_svm: multi-label linear SVM by VOC07's protocol")
+    sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.TASK.root)")
+    sub = command(
+        "report",
+        _report,
+        "make the page that shows what a run did",
+        ("--run-name", "NAME", "what the page calls the run"),
+        ROOT,
+        MANIFEST,
+        ("--rejected", "FILE", "rejected.csv, made by `orl manifest`"),
+        ("--neighbors", "FILE", "neighbors.h5"),
+        PROPOSALS,
+        ("--correspondences", "FILE", "correspondences.h5"),
+        output="HTML page to write",
+        settings=["data.exif"],
+    )
+    sub.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.csv of each trained model")
+    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate`")
+    return whole
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; bad input is one sentence on stderr and exit status 2."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args, load(args.settings))
+    except (InputError, OSError) as error:
+        # A worker process's error arrives with its traceback in the message; the sentence is the last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("orl.InputError: ")
+        print(f"orl {args.command}: {sentence}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

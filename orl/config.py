@@ -1,0 +1,464 @@
+"""Every setting: its default (the paper's value), its source and its bounds. Nothing else holds a default.
+
+Scientific settings decide results; `compute` decides only how fast they come and never enters a fingerprint.
+`python -m orl.config` rewrites workflow/schemas/config.schema.yaml and the table of config/README.md.
+"""
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from orl import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"must be two positive numbers, the smaller first, not {list(pair)}")
+    return pair
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Scenes(Section):
+    """The generated scenes (`data.layout: scenes`)."""
+
+    train: Positive = 600
+    """Scenes to pre-train on; also the labelled training split."""
+    val: Positive = 200
+    """Scenes of the labelled test split."""
+    objects_train: Positive = 20
+    """Single-object pictures per class, training split."""
+    objects_val: Positive = 10
+    """Single-object pictures per class, test split."""
+    size: Annotated[tuple[int, int], AfterValidator(_ascending)] = (128, 160)
+    """Shortest and longest side of a scene, pixels."""
+    background_correlation: Probability = 0.5
+    """How often the background family is the theme's own."""
+    theme_share: Probability = 0.7
+    """Share of objects drawn from the theme's three classes."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the scenes, apart from the run's: other seeds train on the same photos."""
+
+
+class Data(Section):
+    """The photos to pre-train on."""
+
+    layout: Literal["scenes", "coco", "folder"] = "scenes"
+    """`scenes`: generated; `coco`: image folders of a COCO tree; `folder`: any folder, searched recursively."""
+    root: str | None = None
+    """Folder of the photos (not for `scenes`); manifest paths are relative to it."""
+    folders: list[str] = ["train2017"]
+    """Image folders under `root` (`coco`); each is a part of the manifest. COCO+ adds unlabeled2017."""
+    annotations: dict[str, str] = {}
+    """Per image folder, a COCO JSON under `root` that lists its photos (`coco`); without one, all its files."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Whether photos are turned as their EXIF orientation says; phone photos want `apply`."""
+    scenes: Scenes = Scenes()
+
+
+class Network(Section):
+    """Backbone and heads (ORL release, stage 1)."""
+
+    backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet50"
+    """Backbone; keys as in torchvision."""
+    hidden: Positive = 4096
+    """Hidden width of projector and predictor."""
+    projection: Positive = 256
+    """Output width of projector and predictor."""
+
+
+class Views(Section):
+    """Crops and photometric augmentation of a view (ORL release, stage 1). Pairs are view 1, view 2."""
+
+    size: Annotated[int, Field(ge=16)] = 224
+    """Side of a view, pixels."""
+    scale: Range = (0.08, 1.0)
+    """Share of the photo's area that a crop covers."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Aspect of a crop, width / height."""
+    flip_p: Probability = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    jitter_p: Probability = 0.8
+    """Probability of colour jitter."""
+    grayscale_p: Probability = 0.2
+    """Probability of grayscale."""
+    blur_p: tuple[Probability, Probability] = (1.0, 0.1)
+    """Probability of Gaussian blur."""
+    blur_radius: Range = (0.1, 2.0)
+    """Range of the blur's radius (Pillow's standard deviation), pixels of the view."""
+    solarize_p: tuple[Probability, Probability] = (0.0, 0.2)
+    """Probability of solarisation at threshold 128."""
+
+
+class Optimizer(Section):
+    """SGD, its schedule, and the EMA (ORL release, stage 1)."""
+
+    batch: Annotated[int, Field(ge=2)] = 512
+    """Photos per optimizer step; an epoch's last, smaller batch is dropped."""
+    epochs: Positive = 800
+    """Epochs."""
+    lr: Annotated[float, Field(gt=0)] = 0.4
+    """Base learning rate at batch 512; scaled linearly with the batch."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 4
+    """Epochs of linear warm-up."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay, on all trained parameters."""
+    ema: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """EMA momentum of the target network at the first step; it rises to 1 on a cosine."""
+
+
+class Stage1(Section):
+    """Image-level pre-training."""
+
+    method: Literal["byol"] = "byol"
+    """Self-supervised objective."""
+    network: Network = Network()
+    views: Views = Views()
+    optimizer: Optimizer = Optimizer()
+
+
+class Embeddings(Section):
+    """Image embeddings: short side to `resize`, centre crop (ORL release, stage 2)."""
+
+    resize: Annotated[int, Field(ge=16)] = 256
+    """Short side after resizing, pixels."""
+    crop: Annotated[int, Field(ge=16)] = 224
+    """Side of the centre crop, pixels."""
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "Embeddings":
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} does not fit into resize {self.resize}; make it smaller")
+        return self
+
+
+class Proposals(Section):
+    """Selective search and its greedy filter (ORL release, stage 2)."""
+
+    min_size: Annotated[int, Field(ge=1)] = 96
+    """Smallest width and height of a kept box, pixels."""
+    max_aspect: Annotated[float, Field(ge=1)] = 3.0
+    """Largest width / height and height / width of a kept box."""
+    max_iou: Probability = 0.5
+    """Largest IoU with a box already kept."""
+    top_n: Annotated[int, Field(ge=1, le=65535)] = 100
+    """Boxes kept per photo at most."""
+
+
+class Neighbors(Section):
+    """Image neighbours by exact cosine similarity (ORL release, stage 2)."""
+
+    k: Positive = 10
+    """Neighbours per photo; clipped to the number of other photos."""
+
+
+class Rois(Section):
+    """RoI features: pooled backbone features of resized crops (ORL release, stage 2)."""
+
+    size: Annotated[int, Field(ge=16)] = 224
+    """Side to which a RoI is resized (aspect not kept), pixels."""
+
+
+class Correspondences(Section):
+    """RoI pairs between a photo and each of its neighbours (ORL release, stage 2)."""
+
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Pairs kept per neighbour, as a share of the number of the photo's RoIs; at least one."""
+
+
+class RoiJitter(Section):
+    """The jittered copy of a RoI (ORL release, stage 3)."""
+
+    shift: NonNegative = 0.5
+    """Largest shift of the centre, as a share of the RoI's sides."""
+    scale: Range = (0.5, 2.0)
+    """Area of the copy relative to the RoI's."""
+    ratio: Range = (0.5, 2.0)
+    """Absolute aspect of the copy, width / height, log-uniform."""
+    min_iou: Probability = 0.5
+    """The copy must overlap the RoI by more than this IoU."""
+    attempts: Positive = 200
+    """Tries before the RoI itself is used."""
+
+
+class Stage3(Section):
+    """Object-level pre-training. `network`, `views` and `optimizer` are stage 1's where not given."""
+
+    network: Network = Network()
+    views: Views = Views()
+    optimizer: Optimizer = Optimizer()
+    patch: Annotated[int, Field(ge=16)] = 96
+    """Side of a RoI patch, pixels."""
+    jitter: RoiJitter = RoiJitter()
+    global_weight: NonNegative = 1.0
+    """Weight of the image-level loss."""
+    intra_weight: NonNegative = 1.0
+    """Weight of the loss between a RoI and its jittered copy."""
+    inter_weight: NonNegative = 1.0
+    """Weight of the loss between corresponding RoIs of two photos."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> "Stage3":
+        if self.global_weight == self.intra_weight == self.inter_weight == 0:
+            raise ValueError("global_weight, intra_weight and inter_weight are all 0; at least one loss must count")
+        return self
+
+
+class Voc07Svm(Section):
+    """Multi-label linear SVM by VOC07's protocol (ORL release, benchmarks)."""
+
+    layout: Literal["voc", "coco"] = "voc"
+    """Layout of the labels: VOCdevkit/VOC2007, or COCO with annotations/instances_SPLIT.json."""
+    root: str | None = None
+    """Folder of the labelled photos; not given: the generated scenes where `data.layout` is scenes, else no SVM."""
+    train: str | None = None
+    """Training split; not given: trainval (voc), train2017 (coco)."""
+    test: str | None = None
+    """Test split; not given: test (voc), val2017 (coco)."""
+    resize: Annotated[int, Field(ge=32)] = 256
+    """Short side before squashing, pixels."""
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of the squashed photo, pixels."""
+    costs: list[Annotated[float, Field(gt=0)]] = [*(0.5**i for i in range(19, 3, -1)), 1.0, 10.0, 100.0]
+    """SVM costs, of which each class takes the one with the best cross-validated AP."""
+    folds: Annotated[int, Field(ge=2)] = 3
+    """Folds of the cross-validation (stratified, unshuffled)."""
+
+    @model_validator(mode="after")
+    def _costs_given(self) -> "Voc07Svm":
+        if not self.costs:
+            raise ValueError("costs must name at least one SVM cost")
+        return self
+
+
+class Downstream(Section):
+    """Evaluations of every model."""
+
+    voc07_svm: Voc07Svm = Voc07Svm()
+
+
+class Compute(Section):
+    """How fast, never what: changing these reruns nothing."""
+
+    threads: Positive = 8
+    """CPU threads of one job at most (Snakemake gives what `--cores` allows)."""
+    gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs that a GPU job asks for; without one it runs on the CPU."""
+    checkpoint_minutes: Positive = 15
+    """Minutes between checkpoints inside an epoch; every epoch's end saves one too."""
+    log_every: Positive = 50
+    """Steps between two lines of the training log."""
+
+
+class Config(Section):
+    """A run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "scenes"
+    """Name of the run; everything lies under results/NAME."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of every random choice."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Discovery and evaluation use float32."""
+    data: Data = Data()
+    stage1: Stage1 = Stage1()
+    embeddings: Embeddings = Embeddings()
+    proposals: Proposals = Proposals()
+    neighbors: Neighbors = Neighbors()
+    rois: Rois = Rois()
+    correspondences: Correspondences = Correspondences()
+    stage3: Stage3 = Stage3()
+    downstream: Downstream = Downstream()
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], dict[str, Any]] = {}
+    """Name -> any scientific settings that differ (not name, data or compute); stages that agree are shared."""
+    compute: Compute = Compute()
+
+
+# What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
+USES: dict[str, tuple[str, ...]] = {
+    "scenes": ("data.scenes",),
+    "manifest": ("data.layout", "data.folders", "data.annotations", "data.exif"),
+    "random": ("seed", "stage1.network"),
+    "stage1": ("seed", "precision", "data.exif", "stage1"),
+    "embeddings": ("data.exif", "embeddings"),
+    "proposals": ("seed", "data.exif", "proposals"),
+    "neighbors": ("neighbors",),
+    "rois": ("data.exif", "rois"),
+    "correspondences": ("correspondences",),
+    "stage3": ("seed", "precision", "data.exif", "stage3"),
+    "voc07_svm": ("data.exif", "downstream.voc07_svm"),
+}
+
+# Raise a stage's number when its code gives other results: what was made before is then made again.
+RESULT_VERSION: dict[str, int] = dict.fromkeys(USES, 1)
+
+SHARED_WITH_STAGE1 = ("network", "views", "optimizer")
+
+
+def merge(base: dict, change: dict) -> dict:
+    """`base` with the keys of `change` laid over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _model_at(path: list) -> type[BaseModel] | None:
+    """The section that holds key `path[-1]`."""
+    model: Any = Config
+    for key in path[:-1]:
+        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = field.annotation if field else None
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part != "[key]"]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        model = _model_at(path)
+        known = list(model.model_fields) if model else []
+        near = difflib.get_close_matches(path[-1], known, 1, 0.0)
+        return f"{source}: unknown key {key!r}; did you mean {'.'.join([*path[:-1], *near])!r}?"
+    reason = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = "" if isinstance(value, dict) or reason in str(value) else f" (found {value!r})"
+    return f"{source}: {key}: {reason[:1].lower()}{reason[1:]}{shown}; see config/README.md."
+
+
+def parse(raw: Any, source: str = "settings") -> Config:
+    """Check a settings mapping and fill in defaults.
+
+    `stage3` takes network, views and optimizer from `stage1` where it does not give them itself.
+    Raises InputError, one sentence naming `source` and the key.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{source}: must be a mapping of settings, not {type(raw).__name__}.")
+    stage1, stage3 = raw.get("stage1", {}), raw.get("stage3", {})
+    if isinstance(stage1, dict) and isinstance(stage3, dict):
+        raw = {**raw, "stage3": merge({k: stage1[k] for k in SHARED_WITH_STAGE1 if k in stage1}, stage3)}
+    try:
+        # JSON mode, strict: arrays become tuples, but neither "3" nor true is a number.
+        return Config.model_validate_json(json.dumps(raw), strict=True)
+    except (ValidationError, TypeError) as error:
+        sentence = _sentence(error, source) if isinstance(error, ValidationError) else f"{source}: {error}."
+        raise InputError(sentence) from None
+
+
+def load(text: str) -> Config:
+    """Settings from a YAML or JSON file, or from JSON text that starts with a brace. Raises InputError."""
+    is_text = text.lstrip().startswith("{")
+    source = "--settings" if is_text else text
+    try:
+        raw = yaml.safe_load(text if is_text else Path(text).read_text())
+    except OSError as error:
+        raise InputError(f"{text}: cannot read the settings ({error.strerror}); name a config file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: is neither YAML nor JSON ({' '.join(str(error).split())}).") from None
+    return parse({} if raw is None else raw, source)
+
+
+def variant(raw: dict, name: str | None) -> Config:
+    """The configuration of variant `name` of a raw config (None: the run itself). Raises InputError."""
+    base = {key: value for key, value in raw.items() if key != "variants"}
+    if name is None:
+        return parse(base, "config")
+    change = raw["variants"][name]
+    fixed = sorted(set(change) & {"name", "data", "compute", "variants"})
+    if fixed:
+        raise InputError(f"config: variants.{name}: {fixed[0]!r} is the same for all variants; set it once, outside.")
+    return parse(merge(base, change), f"config, variant {name}")
+
+
+def used(config: Config, stage: str) -> dict:
+    """The settings that decide the result of `stage`, as nested plain values, with its RESULT_VERSION."""
+    whole = config.model_dump(mode="json")
+    out: dict = {"version": RESULT_VERSION[stage]}
+    for dotted in USES[stage]:
+        *parents, last = dotted.split(".")
+        source, target = whole, out
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return out
+
+
+def schema() -> dict:
+    """JSON schema of a config file."""
+    return Config.model_json_schema()
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return " / ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " / ".join("not given" if arg is type(None) else _type_name(arg) for arg in args)
+    if origin is tuple:
+        return f"{len(args)} × {_type_name(args[0])}"
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin is dict:
+        return "mapping"
+    return {"str": "text", "int": "integer", "float": "number"}.get(annotation.__name__, annotation.__name__)
+
+
+def table(model: type[BaseModel] = Config, prefix: str = "") -> str:
+    """The keys of a section as Markdown table rows, sections inside it included."""
+    rows = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if prefix == "stage3." and name in SHARED_WITH_STAGE1:
+                rows.append(f"| `stage3.{name}.*` | as `stage1.{name}.*` | stage 1's | Same keys as stage 1's. |")
+            else:
+                rows.append(table(annotation, f"{prefix}{name}."))
+            continue
+        default = field.get_default()
+        default = "not given" if default is None else json.dumps(default)
+        if name == "costs":
+            default = "0.5^19 … 0.5^4, 1, 10, 100"
+        rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def write_generated(root: Path) -> dict[Path, str]:
+    """The generated files under the project's `root`: path -> text."""
+    readme = root / "config" / "README.md"
+    head, _, rest = readme.read_text().partition("<!-- keys -->\n")
+    tail = rest.partition("<!-- /keys -->")[2]
+    body = f"| key | type | default | what |\n| --- | --- | --- | --- |\n{table()}\n"
+    return {
+        root / "workflow" / "schemas" / "config.schema.yaml": yaml.safe_dump(schema(), sort_keys=False, width=110),
+        readme: f"{head}<!-- keys -->\n{body}<!-- /keys -->{tail}",
+    }
+
+
+if __name__ == "__main__":
+    for path, content in write_generated(Path(__file__).parent.parent).items():
+        path.write_text(content)
+        print(f"wrote {path}")

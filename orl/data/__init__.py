@@ -1,0 +1,1 @@
+"""Photos in: manifest, decoder, dataset layouts, the scene generator, and view geometry."""

@@ -1,0 +1,146 @@
+"""The manifest: every photo decoded once, listed with its size, or rejected with the reason."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
+
+from orl import InputError, artifacts, progress
+from orl.config import Config, Data
+from orl.data import coco, decode, folder
+
+CHUNK = 32  # photos that a worker takes at a time, at most
+
+
+def build(
+    config: Config,
+    root: str | os.PathLike | None,
+    output: str | os.PathLike,
+    rejected: str | os.PathLike,
+    workers: int,
+) -> None:
+    """Decode every photo under `root` in `workers` processes and write the manifest and the list of rejected files.
+
+    Rows are in the order of the listing (`coco.list_photos`, `folder.list_photos`), whatever the workers; `width`
+    and `height` are those of the decoded photo, EXIF applied where `config.data.exif` says so. Raises InputError,
+    having written nothing, unless at least two photos can be decoded.
+    """
+    if not root:
+        raise InputError("config: data.root is not given; set it to the folder of the photos.")
+    photos = _list(config.data, root)
+    rows: list[tuple] = []
+    refused: list[tuple[str, str]] = []
+    found = _inspect_all(root, [photo.path for photo in photos], config.data.exif, workers)
+    for photo, result in zip(photos, progress.track(found, len(photos), "decoding"), strict=True):
+        if isinstance(result, str):
+            refused.append((_shown(photo.path), result))
+        else:
+            rows.append((photo.image_id, photo.path, *result, photo.part))
+    if not rows:
+        path, reason = refused[0]
+        raise InputError(f"{root}: no photo can be decoded ({path}: {reason}); name a folder of JPEG, PNG or WebP.")
+    if len(rows) == 1:
+        only = rows[0][1]
+        raise InputError(f"{root}: only one photo can be decoded ({only}), but neighbours need two; add photos.")
+    artifacts.write_csv(rejected, artifacts.REJECTED_COLUMNS, refused)
+    artifacts.write_csv(output, artifacts.MANIFEST_COLUMNS, rows)
+    note = f"{len(refused)} rejected (see {os.fspath(rejected)})" if refused else "none rejected"
+    print(f"{len(rows)} photos, {note}", file=sys.stderr)
+
+
+def load(root: str | os.PathLike, manifest: artifacts.Manifest, row: int, exif: decode.Exif) -> decode.Photo:
+    """Decode the photo of one row: uint8 [height, width, 3], RGB.
+
+    Raises InputError naming the file: it is missing or damaged, or its size in bytes or pixels is not the manifest's.
+    """
+    path = os.path.join(root, str(manifest.path[row]))
+    changed = f"{path}: photo changed since the manifest was made; run manifest again."
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise InputError(f"{path}: photo is gone ({error.strerror}); bring it back or run manifest again.") from None
+    if size != manifest.bytes[row]:
+        raise InputError(changed)
+    image = decode.decode(path, exif)
+    if image.shape[:2] != (manifest.height[row], manifest.width[row]):
+        raise InputError(changed)
+    return image
+
+
+def _list(data: Data, root: str | os.PathLike) -> list[folder.Photo]:
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; set data.root to the folder of the photos.")
+    if data.layout == "folder":
+        photos = folder.list_photos(root)
+    elif data.layout == "scenes":
+        photos = coco.list_photos(root, ["train2017"], {"train2017": "annotations/instances_train2017.json"})
+    else:
+        photos = coco.list_photos(root, data.folders, data.annotations)
+    if not photos:
+        raise InputError(f"{root}: no files in this folder; set data.root to the folder of the photos.")
+    return photos
+
+
+def _inspect_all(
+    root: str | os.PathLike, paths: list[str], exif: decode.Exif, workers: int
+) -> Iterator[tuple[int, int, int] | str]:
+    """`_inspect` of every path, in order."""
+    inspect = partial(_inspect, root, exif)
+    workers = min(workers, len(paths))
+    if workers <= 1:
+        yield from map(inspect, paths)
+        return
+    # Spawned, not forked: a fork copies locks that other threads of the caller may hold.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try:
+        yield from pool.map(inspect, paths, chunksize=max(1, min(CHUNK, len(paths) // (4 * workers))))
+    except (BrokenProcessPool, MemoryError):
+        raise InputError(f"{root}: a decoding process died, likely out of memory; use fewer workers.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the pool
+
+    def leave_with_parent() -> None:
+        parent = parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    # Else workers would wait for ever after a parent that was killed.
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> tuple[int, int, int] | str:
+    """Width, height and size in bytes of a photo, or why it is rejected."""
+    fault = _name_fault(path)
+    if fault:
+        return fault
+    whole = os.path.join(root, path)
+    try:
+        height, width, _ = decode.decode(whole, exif).shape
+        return width, height, os.stat(whole).st_size
+    except decode.UndecodableError as error:
+        return error.reason
+
+
+def _name_fault(path: str) -> str | None:
+    """Why a path cannot stand in the manifest, if so."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "name is not valid UTF-8; rename it"
+    # csv writes a lone carriage return unquoted (Python < 3.13) and then reads it as the end of the line.
+    return "carriage return in the name; rename it" if "\r" in path else None
+
+
+def _shown(path: str) -> str:
+    """A path as it can stand in a CSV."""
+    return path.encode(errors="backslashreplace").decode().replace("\r", "\\r")

@@ -1,0 +1,1 @@
+"""Stage 2: embeddings, proposals, neighbours, RoI features and correspondences."""

@@ -1,0 +1,99 @@
+"""Proposals: OpenCV's selective search and the release's greedy filter."""
+
+import ctypes
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import cv2
+import numpy as np
+
+from orl import artifacts
+from orl.config import Config, used
+from orl.data.manifest import load
+from orl.data.views import iou
+from orl.progress import track
+
+
+def filter_boxes(
+    boxes: np.ndarray, min_size: int = 96, max_aspect: float = 3.0, max_iou: float = 0.5, top_n: int = 100
+) -> np.ndarray:
+    """Keep boxes greedily, in the order given (ORL release, stage 2).
+
+    `boxes`: int [m, 4], x y w h. A box is dropped if its width or height is below `min_size`, its aspect (either
+    way) above `max_aspect`, or its IoU with a box already kept above `max_iou`; at most `top_n` are kept.
+    Returns int [n, 4]; where no box passes, the first one alone; of no boxes, none.
+    """
+    boxes = np.asarray(boxes).reshape(-1, 4)
+    w, h = boxes[:, 2].astype(np.int64), boxes[:, 3].astype(np.int64)
+    passed = boxes[(w >= max(1, min_size)) & (h >= max(1, min_size)) & (w <= max_aspect * h) & (h <= max_aspect * w)]
+    kept: list[np.ndarray] = []
+    while len(passed) and len(kept) < top_n:
+        kept.append(passed[0])
+        passed = passed[1:][iou(passed[0], passed[1:]) <= max_iou]
+    return np.array(kept, boxes.dtype) if kept else boxes[:1]
+
+
+def selective_search(image: np.ndarray, seed: int) -> np.ndarray:
+    """Boxes of OpenCV's "fast" selective search in its order: uint8 RGB [H, W, 3] -> int32 [m, 4], x y w h.
+
+    The order depends on C's rand(); `seed` makes it repeatable on one platform.
+    """
+    cv2.setNumThreads(1)
+    ctypes.CDLL(None).srand(seed)
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's colour order
+    search.switchToSelectiveSearchFast()
+    return np.asarray(search.process(), np.int32).reshape(-1, 4)
+
+
+def photo_seed(seed: int, image_id: str) -> int:
+    """The seed of a photo's selective search: 31 bits of a hash of the run's seed and the photo's id."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:4]) >> 1
+
+
+class _Propose:
+    """Kept boxes of the photo in a row; a class, so that worker processes get the manifest once."""
+
+    def __init__(self, config: Config, root: str, manifest: artifacts.Manifest) -> None:
+        self.config, self.root, self.manifest = config, root, manifest
+
+    def __call__(self, row: int) -> np.ndarray:
+        image = load(self.root, self.manifest, row, self.config.data.exif)
+        raw = selective_search(image, photo_seed(self.config.seed, str(self.manifest.image_id[row])))
+        if len(raw) == 0:
+            return np.array([[0, 0, image.shape[1], image.shape[0]]], np.int32)
+        return filter_boxes(raw, **self.config.proposals.model_dump())
+
+
+_propose: _Propose
+
+
+def _start(propose: _Propose) -> None:
+    global _propose
+    _propose = propose
+
+
+def _call(row: int) -> np.ndarray:
+    return _propose(row)
+
+
+def propose(config: Config, root: str, manifest_path: str, output: str, workers: int = 1) -> None:
+    """Write proposals.h5; the result does not depend on `workers` (processes). Raises InputError."""
+    manifest = artifacts.read_manifest(manifest_path)
+    inputs = {"manifest": artifacts.fingerprint(manifest_path)}
+    one = _Propose(config, root, manifest)
+
+    def kept() -> Iterator[np.ndarray]:
+        if workers == 1:
+            yield from map(one, range(len(manifest)))
+            return
+        with ProcessPoolExecutor(workers, get_context("fork"), _start, (one,)) as pool:
+            yield from pool.map(_call, range(len(manifest)), chunksize=4)
+
+    boxes = list(track(kept(), len(manifest), "proposals"))
+    flat = np.concatenate(boxes)
+    with artifacts.create(output, artifacts.PROPOSALS, used(config, "proposals"), inputs) as file:
+        file["box"] = flat.astype(np.int16 if flat.max() <= np.iinfo(np.int16).max else np.int32)
+        file["box_offsets"] = np.cumsum([0, *map(len, boxes)], dtype=np.int64)

@@ -1,0 +1,253 @@
+"""Multi-label linear SVMs on frozen features by VOC07's protocol (ORL release, benchmarks/svm_tools)."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from orl import InputError, artifacts
+from orl.config import Config, used
+from orl.data.labels import Labels, read_splits
+from orl.progress import track
+
+TASK = "voc07_svm"
+SPLITS = {"voc": ("trainval", "test"), "coco": ("train2017", "val2017")}
+# LIBLINEAR as the release calls it; random_state because it visits the photos in random order.
+SVM = {
+    "penalty": "l2",
+    "loss": "squared_hinge",
+    "dual": True,
+    "class_weight": {1: 2, -1: 1},
+    "intercept_scaling": 1.0,
+    "tol": 1e-4,
+    "max_iter": 2000,
+    "random_state": 0,
+}
+
+
+def average_precision(score: Sequence[float] | np.ndarray, label: Sequence[int] | np.ndarray) -> float:
+    """Area under the monotone envelope of the precision-recall curve, 0 to 1 (VOC devkit, since 2010).
+
+    `score` [n], finite; `label` [n]: 1 positive, -1 negative, 0 ignored (or bool). Items of equal score enter the
+    ranking together, so that the value depends neither on their order nor on luck: where all scores are equal, it
+    is the share of positives. Raises ValueError for scores that are not finite, or without a positive or a negative.
+    """
+    scores, labels = np.asarray(score, np.float64), np.asarray(label)
+    kept = np.ones(labels.shape, bool) if labels.dtype == bool else labels != 0
+    ranked, hit = scores[kept], labels[kept] > 0
+    if hit.all() or not hit.any() or not np.isfinite(ranked).all():
+        raise ValueError("average precision needs finite scores, a positive and a negative")
+    order = np.argsort(-ranked, kind="stable")
+    ranked, hit = ranked[order], hit[order]
+    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(hit) - 1)  # last rank of each run of equal scores
+    found = np.cumsum(hit)[ends]
+    envelope = np.maximum.accumulate((found / (ends + 1))[::-1])[::-1]
+    return float((np.diff(found, prepend=0) * envelope).sum() / found[-1])
+
+
+def normalize(features: np.ndarray) -> np.ndarray:
+    """x / (|x| + 1e-5) of each row, float64 [n, D] (ORL release)."""
+    features = features.astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-5
+    return features
+
+
+def shorten(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same features with no more columns than `train` [n, D] has rows, where D is larger (float64).
+
+    A rotation into the space of the training rows: it keeps every dot product with them, which is all that a linear
+    SVM sees, so the machines are the same up to rounding, and a fit takes n / D of the time and memory.
+    """
+    if train.shape[1] <= len(train):
+        return train, test
+    axes, lower = np.linalg.qr(train.T)
+    return np.ascontiguousarray(lower.T), test @ axes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One class: test AP (0 to 1), its cost, whether cross-validation chose it, and how many fits did not converge."""
+
+    ap: float
+    cost: float
+    cross_validated: bool
+    fits: int
+    not_converged: int
+
+
+def unusable(train: np.ndarray, test: np.ndarray) -> str | None:
+    """Why a class cannot be evaluated, given its labels (int8 [n]: 1, 0, -1) in both splits; None: it can."""
+    if not (train > 0).any():
+        return "no positive training photo"
+    if (train > 0).all():
+        return "no negative training photo"
+    if not (test > 0).any():
+        return "no positive test photo"
+    if not (test < 0).any():
+        return "no negative test photo"
+    return None
+
+
+def fit_class(
+    train: np.ndarray,
+    train_label: np.ndarray,
+    test: np.ndarray,
+    test_label: np.ndarray,
+    costs: Sequence[float],
+    folds: int,
+) -> Fitted:
+    """Choose the cost of one class by cross-validation, fit on all training photos and score the test photos.
+
+    `train`, `test` float64 [n, D], from `normalize`; labels int8 [n] as in Labels, usable (see `unusable`). Each cost
+    is judged by the mean over stratified, unshuffled folds of scikit-learn's average precision (no envelope: what
+    the release's `cross_val_score(scoring="average_precision")` computes); among equals the lowest cost wins. A fold
+    counts where both of its parts show both kinds of photos; where none does, the cost nearest to 1 is taken.
+    """
+    target = np.where(train_label > 0, 1, -1)
+    costs = sorted(costs)
+    converged = []
+
+    def fit(features: np.ndarray, target: np.ndarray, cost: float) -> LinearSVC:
+        model = LinearSVC(C=cost, **SVM)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+            model.fit(features, target)
+        converged.append(model.n_iter_ < model.max_iter)
+        return model
+
+    # One BLAS thread: the classes share the cores, and sums do not depend on the number of workers.
+    with threadpool_limits(1):
+        found = []  # [fold][cost]
+        for kept, held in _folds(target, folds):
+            part, rest = train[kept], train[held]  # copied once for all costs
+            scores = [fit(part, target[kept], cost).decision_function(rest) for cost in costs]
+            found.append([average_precision_score(target[held], score) for score in scores])
+        # argmax takes the first of equals, the lowest
+        cost = costs[np.argmax(np.mean(found, 0))] if found else min(costs, key=lambda cost: abs(np.log(cost)))
+        score = fit(train, target, cost).decision_function(test)
+    return Fitted(average_precision(score, test_label), cost, bool(found), len(converged), converged.count(False))
+
+
+def _folds(target: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The usable folds of a target [n] of 1 and -1: rows to train on, rows held out."""
+    counts = ((target > 0).sum(), (target < 0).sum())
+    if max(counts) < folds:  # scikit-learn refuses these; with a small set there is nothing to choose by
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer positives than folds: handled here
+        parts = list(StratifiedKFold(folds, shuffle=False).split(target, target))
+    return [part for part in parts if all(len(np.unique(target[rows])) == 2 for rows in part)]
+
+
+def fit_classes(
+    train: np.ndarray,
+    train_labels: Labels,
+    test: np.ndarray,
+    test_labels: Labels,
+    costs: Sequence[float],
+    folds: int,
+    workers: int,
+) -> dict[str, Any]:
+    """The metrics of `evaluate` from features float [n, D] of the two splits, not yet normalised.
+
+    One process per worker; the result does not depend on their number. Each takes about three times the memory of
+    the training features (float64, min(n, D) columns), for a fold and LIBLINEAR's copy of it.
+    Raises InputError where no class can be evaluated.
+    """
+    left_out = _left_out(train_labels, test_labels)
+    used_columns = [column for column, name in enumerate(train_labels.classes) if name not in left_out]
+    with threadpool_limits(1):  # as in fit_class
+        train, test = shorten(normalize(train), normalize(test))
+    # Processes, not threads: LIBLINEAR has one random generator per process. joblib maps the features into each.
+    parallel = joblib.Parallel(n_jobs=max(1, min(workers, len(used_columns))), return_as="generator")
+    jobs = (
+        joblib.delayed(fit_class)(
+            train, train_labels.label[:, column], test, test_labels.label[:, column], costs, folds
+        )
+        for column in used_columns
+    )
+    names = [train_labels.classes[column] for column in used_columns]
+    fitted = dict(zip(names, track(parallel(jobs), len(names), "SVM classes"), strict=True))
+    seen = test_labels.label[:, used_columns]
+    return {
+        "mAP": 100 * float(np.mean([one.ap for one in fitted.values()])),
+        "chance_mAP": 100 * float(np.mean((seen > 0).sum(0) / (seen != 0).sum(0))),
+        "AP": {name: 100 * one.ap for name, one in fitted.items()},
+        "cost": {name: one.cost for name, one in fitted.items()},
+        "classes_left_out": left_out,
+        "not_cross_validated": [name for name, one in fitted.items() if not one.cross_validated],
+        "fits": sum(one.fits for one in fitted.values()),
+        "not_converged": sum(one.not_converged for one in fitted.values()),
+    }
+
+
+def _left_out(train: Labels, test: Labels) -> dict[str, str]:
+    """Class -> why it cannot be evaluated. Raises InputError where that is so for all."""
+    reasons = {name: unusable(train.label[:, i], test.label[:, i]) for i, name in enumerate(train.classes)}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    if len(left_out) == len(reasons):
+        name, reason = next(iter(left_out.items()))
+        raise InputError(f"{train.image_path[0].parent}: no class can be evaluated ({name}: {reason}, and so on).")
+    return left_out
+
+
+def evaluate(
+    config: Config,
+    weights: str | os.PathLike,
+    model: str,
+    root: str | os.PathLike | None,
+    output: str | os.PathLike,
+    workers: int,
+) -> dict[str, Any]:
+    """Evaluate backbone weights (a backbone.safetensors) by VOC07's linear SVM; write and return the result.
+
+    `model` is the name the result goes by; `root`, where given, takes the place of downstream.voc07_svm.root.
+    Metrics: `mAP` and, per class, `AP` (percent) and `cost`; `chance_mAP`: the mean share of positive test photos,
+    what constant scores give; `classes_left_out`: class -> why (also one line on stderr); `not_cross_validated`:
+    classes with too few positives to choose a cost; `fits` and, among them, those `not_converged` in 2000 rounds.
+    Raises InputError before any work where settings, labels or weights are bad; nothing is written then.
+    """
+    section = config.downstream.voc07_svm
+    root = section.root if root is None else root
+    if root is None:
+        raise InputError(f"downstream.{TASK}.root: is not set; name the folder of the labelled photos.")
+    train_split, test_split = section.train or SPLITS[section.layout][0], section.test or SPLITS[section.layout][1]
+    train, test = read_splits(root, section.layout, train_split, test_split)
+    left_out = _left_out(train, test)
+    fingerprint = artifacts.fingerprint(weights)
+    if left_out:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        print(f"{TASK}: {len(left_out)} of {len(train.classes)} classes left out: {listed}", file=sys.stderr)
+
+    from orl.downstream.features import extract  # here, so that the SVM's processes do not load torch
+
+    options = (section.size, section.resize, config.data.exif, workers)
+    train_features, test_features = extract(weights, train, *options), extract(weights, test, *options)
+    metrics = fit_classes(train_features, train, test_features, test, section.costs, section.folds, workers)
+    result = {
+        "task": TASK,
+        "model": model,
+        "metrics": metrics,
+        "settings": used(config, TASK),
+        "data": {
+            "root": os.fspath(root),
+            "layout": section.layout,
+            "train_split": train_split,
+            "test_split": test_split,
+            "train": len(train),
+            "test": len(test),
+            "weights_fingerprint": fingerprint,
+        },
+    }
+    artifacts.write_json(output, result)
+    return result

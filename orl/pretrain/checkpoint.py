@@ -1,0 +1,43 @@
+"""The state of an unfinished training, kept outside what Snakemake deletes.
+
+state/STAMP/checkpoint.pt belongs to the run whose settings, inputs and code version hash to STAMP: changed settings
+never resume it, and going back to them finds it again.
+"""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orl import InputError, artifacts
+
+
+class State:
+    """The locked state folder of one run. Raises InputError if another process trains there."""
+
+    def __init__(self, folder: Path, stamp: str) -> None:
+        self.path = folder / stamp[:16] / "checkpoint.pt"
+        self.others = sorted(folder.glob("*/checkpoint.pt")) if folder.exists() else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / "lock", "w")  # noqa: SIM115 - the kernel lets go when the process ends, however
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise InputError(f"{folder}: another training runs there; wait for it or stop it.") from None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint atomically: the old one survives a failure."""
+        with artifacts.atomic(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint on the CPU, or None. Raises InputError if it is damaged."""
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            detail = " ".join(str(error).split())[:120]
+            raise InputError(f"{self.path}: damaged checkpoint ({detail}); delete it to train anew.") from None

@@ -1,0 +1,132 @@
+"""Samples of stage 1 and stage 3: uint8 views cut on the CPU, with the parameters of their augmentation.
+
+Every random number derives from (seed, epoch, photo, view), so that neither the number of workers nor an
+interruption changes a sample. A sample's key is (epoch, row of the manifest).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from orl.artifacts import Correspondences, Manifest, Proposals
+from orl.config import Stage1, Stage3
+from orl.data.decode import resize_crop
+from orl.data.manifest import load
+from orl.data.views import Box, jitter_box, random_resized_crop, rng
+from orl.pretrain.augment import draw
+
+Sample = tuple[tuple[np.ndarray, ...], np.ndarray]
+ORDER, CHOICE = 100, 101  # numbers that no view has: the order of an epoch, the choices of a sample
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Batches of keys from step `start` to the end of training; an epoch's last, smaller batch is dropped."""
+
+    def __init__(self, photos: int, batch: int, epochs: int, seed: int, start: int = 0) -> None:
+        self.photos, self.batch, self.epochs, self.seed, self.start = photos, batch, epochs, seed, start
+        self.steps_per_epoch = photos // batch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.epochs - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
+            order = rng(self.seed, epoch, 0, ORDER).permutation(self.photos)
+            first = max(0, self.start - epoch * self.steps_per_epoch)
+            for step in range(first, self.steps_per_epoch):
+                yield [(epoch, int(row)) for row in order[step * self.batch : (step + 1) * self.batch]]
+
+
+class ImageViews(Dataset):
+    """Stage 1: two crops of a photo, uint8 [S, S, 3] each, and augmentation parameters float32 [2, columns]."""
+
+    def __init__(self, root: str, manifest: Manifest, exif: str, settings: Stage1 | Stage3, seed: int) -> None:
+        self.root, self.manifest, self.exif = root, manifest, exif
+        self.settings, self.seed = settings, seed
+
+    def photo(self, row: int) -> np.ndarray:
+        return load(self.root, self.manifest, row, self.exif)
+
+    def global_views(self, photo: np.ndarray, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Views 0 and 1: random resized crops, each with the augmentation of its recipe."""
+        views, cuts = self.settings.views, []
+        for view in (0, 1):
+            random = rng(self.seed, epoch, row, view)
+            box = random_resized_crop((photo.shape[1], photo.shape[0]), random, views.scale, views.ratio)
+            cuts.append((resize_crop(photo, box, (views.size, views.size)), draw(views, view, random)))
+        return cuts
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return _sample(self.global_views(self.photo(key[1]), *key))
+
+
+class ObjectViews(ImageViews):
+    """Stage 3: the two global views, a RoI and its jittered copy, and a RoI pair with a neighbour.
+
+    Six uint8 views, the last four [P, P, 3], and augmentation parameters float32 [6, columns].
+    """
+
+    settings: Stage3
+
+    def __init__(
+        self,
+        root: str,
+        manifest: Manifest,
+        exif: str,
+        settings: Stage3,
+        seed: int,
+        proposals: Proposals,
+        correspondences: Correspondences,
+    ) -> None:
+        super().__init__(root, manifest, exif, settings, seed)
+        self.proposals, self.correspondences = proposals, correspondences
+
+    def box(self, row: int, number: int) -> Box:
+        x, y, w, h = self.proposals.box[self.proposals.box_offsets[row] + number].tolist()
+        return x, y, w, h
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        (epoch, row), found, jitter = key, self.correspondences, self.settings.jitter
+        choice = rng(self.seed, epoch, row, CHOICE)
+        slot = int(choice.integers(found.neighbor.shape[1]))
+        neighbor = int(found.neighbor[row, slot])
+        first, last = self.proposals.box_offsets[row : row + 2]
+        roi = self.box(row, int(choice.integers(last - first)))
+        list_of_pairs = row * found.neighbor.shape[1] + slot
+        here, there = found.pair[choice.integers(*found.pair_offsets[list_of_pairs : list_of_pairs + 2])].tolist()
+
+        photo, other = self.photo(row), self.photo(neighbor)
+        copy = jitter_box(
+            roi,
+            (photo.shape[1], photo.shape[0]),
+            choice,
+            jitter.shift,
+            jitter.scale,
+            jitter.ratio,
+            jitter.min_iou,
+            jitter.attempts,
+        )
+        cuts = self.global_views(photo, epoch, row)
+        patches = [(photo, roi), (photo, copy), (photo, self.box(row, here)), (other, self.box(neighbor, there))]
+        for view, (image, box) in enumerate(patches, 2):
+            parameters = draw(self.settings.views, view % 2, rng(self.seed, epoch, row, view))
+            cuts.append((resize_crop(image, box, (self.settings.patch, self.settings.patch)), parameters))
+        return _sample(cuts)
+
+
+def _sample(cuts: list[tuple[np.ndarray, np.ndarray]]) -> Sample:
+    images, parameters = zip(*cuts, strict=True)
+    return images, np.stack(parameters)
+
+
+def loader(dataset: Dataset, batches: Batches, workers: int, pin: bool) -> DataLoader:
+    """Batches in order: views uint8 [B, S, S, 3] each, and parameters [B, views, columns]."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=2 if workers else None,
+    )

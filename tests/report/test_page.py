@@ -1,0 +1,368 @@
+import base64
+import io
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orl import InputError, artifacts
+from orl.report.page import QUERIES, report
+
+ODD = "orl<b>&\"x'"  # a model's name that is markup where it is not escaped
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The parsed page: its images' URIs, tables, and text by the tag around it; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.loads: list[str] = []
+        self.rows: list[list[str]] = []
+        self.bold: list[str] = []
+        self.text = ""
+        self.labels: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        given = {name: value or "" for name, value in attrs}
+        self.loads += [
+            given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
+        ]
+        self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
+        if tag == "img":
+            assert given["alt"]
+            self.images.append(given["src"])
+        if tag == "image":
+            self.images.append(given["href"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "url(" not in data
+            assert "@import" not in data
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+        if "b" in self.open:
+            self.bold.append(data)
+
+    def table(self, first: str) -> list[list[str]]:
+        """The rows of the table whose first heading is `first`."""
+        start = next(i for i, row in enumerate(self.rows) if row[0] == first)
+        ends = [i for i, row in enumerate(self.rows) if row[0] in ("Model", "Class") and i > start]
+        return self.rows[start : ends[0] if ends else None]
+
+
+def result(model: str, score: float, **metrics: Any) -> dict:
+    return {
+        "task": "voc07_svm",
+        "model": model,
+        "metrics": {"mAP": score, "chance_mAP": 7.5, "AP": {"cat": score, "dog <small>": 50.0}, **metrics},
+        "settings": {},
+        "data": {"root": "voc", "train_split": "a", "test_split": "b", "train": 5, "test": 4},
+    }
+
+
+class Run:
+    """A run of `count` photos with `k` neighbours each, in a folder; its files may be changed before `write`."""
+
+    def __init__(self, folder: Path, count: int = 12, k: int = 6, size: int = 320, noise: bool = False) -> None:
+        self.folder, self.count, self.k = folder, count, k
+        rng = np.random.default_rng(0)
+        rows = []
+        for number in range(count):
+            path = folder / "photos" / f'a&b<i>{number}".jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height = size - 10 * (number % 5)
+            coarse = rng.integers(0, 256, (height, size, 3) if noise else (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((size, height)).save(path, quality=95)
+            rows.append((str(number), path.name, size, height, path.stat().st_size, ""))
+        artifacts.write_csv(folder / "manifest.csv", artifacts.MANIFEST_COLUMNS, rows)
+        artifacts.write_csv(folder / "rejected.csv", artifacts.REJECTED_COLUMNS, [])
+        self.discovery(count)
+        self.metrics: list[str] = []
+        self.scores: list[str] = []
+
+    def discovery(self, count: int) -> None:
+        """Neighbours, proposals and correspondences of `count` photos: 2 boxes and then 1, 1 to 2 pairs."""
+        k, rng, folder = self.k, np.random.default_rng(1), self.folder
+        index = np.array([[(row + step) % self.count for step in range(1, k + 1)] for row in range(count)], np.int32)
+        with artifacts.create(folder / "neighbors.h5", artifacts.NEIGHBORS, {}, {}) as file:
+            file["index"] = index
+            file["similarity"] = np.sort(rng.random((count, k), np.float32))[:, ::-1]
+        offsets = np.concatenate([[0], np.cumsum([2 - row % 2 for row in range(count)])])
+        box = np.array([[10 + i % 7, 20, 100 + i % 11, 96] for i in range(offsets[-1])], np.int16)
+        with artifacts.create(folder / "proposals.h5", artifacts.PROPOSALS, {}, {}) as file:
+            file["box"], file["box_offsets"] = box, offsets
+        inputs = {name: artifacts.fingerprint(folder / f"{name}.h5") for name in ("neighbors", "proposals")}
+        counts = np.repeat(np.diff(offsets), k)
+        with artifacts.create(folder / "correspondences.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
+            file["neighbor"] = index
+            file["pair"] = np.array([[i, 0] for n in counts for i in range(n)], np.uint16)
+            file["similarity"] = rng.random(counts.sum()).astype(np.float16)
+            file["pair_offsets"] = np.concatenate([[0], np.cumsum(counts)])
+
+    def add_metrics(self, model: str, parts: list[str], epochs: int) -> None:
+        columns = ("epoch", "step", "loss", *(f"loss_{part}" for part in parts), "feature_std", "lr", "ema")
+        rows = [[e, 9 * e, len(parts) / e, *([1 / e] * len(parts)), 0.9, 0.1 / e, 1] for e in range(1, epochs + 1)]
+        path = self.folder / "models" / model / "metrics.csv"
+        artifacts.write_csv(path, columns, rows)
+        self.metrics.append(str(path))
+
+    def add_score(self, value: dict) -> None:
+        path = self.folder / f"score{len(self.scores)}.json"
+        artifacts.write_json(path, value)
+        self.scores.append(str(path))
+
+    def write(self, name: str = "index.html") -> str:
+        files = [str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")]
+        tables = str(self.folder / "manifest.csv"), str(self.folder / "rejected.csv")
+        output = self.folder / "out" / name
+        photos = str(self.folder / "photos")
+        report("run <1> & co", photos, *tables, self.metrics, self.scores, *files, "ignore", str(output))
+        return output.read_text()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("run"))
+    rejected = [(f"bad<{i}>.jpg", "not a JPEG & so on") for i in range(25)]
+    artifacts.write_csv(run.folder / "rejected.csv", artifacts.REJECTED_COLUMNS, rejected)
+    run.add_metrics("orl", ["global", "intra", "inter"], 5)
+    run.add_metrics("stage1", ["global"], 900)
+    run.add_metrics(ODD, ["global", "intra", "inter"], 1)
+    run.add_score(result(ODD, 61.126, classes_left_out={"sofa": "no positive test photo"}))
+    run.add_score(result("orl", 64.25, fits=90, not_converged=3))
+    run.add_score(result("stage1", 62.0))
+    run.add_score(result("random", 20.5))
+    run.write()
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(made: Run) -> Page:
+    return Page((made.folder / "out" / "index.html").read_text())
+
+
+def test_works_offline(made: Run, page: Page) -> None:
+    assert "://" not in (made.folder / "out" / "index.html").read_text()
+    assert page.loads
+    assert all(uri.startswith("data:image/") for uri in page.loads)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+
+
+def test_images_decode(page: Page) -> None:
+    kinds = []
+    for uri in page.images:
+        kind, data = uri.removeprefix("data:").split(";base64,")
+        kinds.append(kind)
+        content = base64.b64decode(data, validate=True)
+        if kind == "image/svg+xml":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+        else:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                assert image.format == "JPEG"
+                assert 100 <= max(image.size) <= 240
+    photos = QUERIES * 6 + 2 * 12  # gallery; 6 + 3 + 3 drawn pairs
+    assert kinds.count("image/jpeg") == photos
+    assert kinds.count("image/svg+xml") == 3 + 2 + 2
+
+
+def test_scores(page: Page) -> None:
+    assert page.table("Model") == [
+        ["Model", "mAP", "against stage1", "chance"],
+        ["random", "20.50", "−41.50", "7.50"],
+        ["stage1", "62.00", "", "7.50"],
+        ["orl", "64.25", "+2.25", "7.50"],
+        [ODD, "61.13", "−0.87", "7.50"],
+    ]
+    assert page.table("Class") == [
+        ["Class", "random", "stage1", "orl", ODD],
+        ["cat", "20.50", "62.00", "64.25", "61.13"],
+        ["dog <small>", "50.00", "50.00", "50.00", "50.00"],
+    ]
+    assert page.bold == ["64.25", "64.25", *["50.00"] * 4]  # equals are all best
+    assert "sofa: no positive test photo" in page.text
+    assert "orl: 3 of 90 SVM fits stopped" in page.text
+    assert "not comparable with published ones" in page.text
+
+
+def test_names_are_escaped(page: Page) -> None:
+    assert "ORL run run <1> & co" in page.text
+    assert f"Loss of {ODD}" in page.text
+    assert any(
+        label.startswith("Neighbour 1") and "a&b<i>" in label and label.endswith('".jpg') for label in page.labels
+    )
+    assert "i" not in page.tags
+    assert "small" not in page.tags
+    assert page.tags.count("b") == len(page.bold)
+
+
+def test_rejected_are_counted(page: Page) -> None:
+    assert "12 photos; 25 files rejected" in page.text
+    assert "bad<19>.jpg: not a JPEG & so on" in page.text
+    assert "bad<20>.jpg" not in page.text
+
+
+def test_matched_boxes_are_drawn(made: Run) -> None:
+    """The first drawn pair, from the files."""
+    html = (made.folder / "out" / "index.html").read_text()
+    drawing = html[html.index('<svg class="drawing"') :]
+    drawing = drawing[: drawing.index("</svg>")]
+    photos = [line.split("<title>")[1] for line in drawing.splitlines() if "<title>" in line]
+    row, other = (int(name.split("&gt;")[1].split("&")[0]) for name in photos)
+    assert other == (row + 1) % made.count
+    boxes = artifacts.read_proposals(made.folder / "proposals.h5")
+    for left, number in ((0, row), (240 + 28, other)):
+        x, y, w, h = boxes.box[boxes.box_offsets[number]] * 0.75  # 320 px wide, drawn 240 wide
+        top = (max(made_height(row), made_height(other)) - made_height(number)) / 2
+        numbers = f'x="{x + left:.1f}" y="{y + top:.1f}" width="{w:.1f}" height="{h:.1f}"'
+        close = [line for line in drawing.splitlines() if line.startswith("<rect") and "stroke=" in line]
+        assert any(near(line, numbers) for line in close), numbers
+
+
+def made_height(number: int) -> float:
+    return (320 - 10 * (number % 5)) * 0.75
+
+
+def near(line: str, expected: str) -> bool:
+    """Whether a rectangle is where it is expected to be, to a rounding."""
+    found = [float(part) for part in line.split('"')[1:8:2]]
+    return np.allclose(found, [float(part) for part in expected.split('"')[1::2]], atol=0.11)
+
+
+def test_same_inputs_same_bytes(made: Run) -> None:
+    assert made.write("again.html") == (made.folder / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (3, 2)])
+def test_smallest_run(tmp_path: Path, count: int, k: int) -> None:
+    """Nothing trained, nothing evaluated, hardly a photo, one neighbour."""
+    run = Run(tmp_path, count, k, size=120)
+    page = Page(run.write())
+    assert "No model was evaluated." in page.text
+    assert "No training was recorded." in page.text
+    assert len([uri for uri in page.images if "jpeg" in uri]) >= count * (1 + k)
+
+
+def test_odd_results(tmp_path: Path) -> None:
+    """One model only, no stage 1, no classes; a training without an epoch; a photo without boxes or pairs."""
+    run = Run(tmp_path, 2, 1, size=120)
+    run.add_score({**result("mine", 50.0), "metrics": {"mAP": 50.0}, "data": {}})
+    run.add_metrics("mine", ["global"], 0)
+    with artifacts.create(tmp_path / "proposals.h5", artifacts.PROPOSALS, {}, {}) as file:
+        file["box"], file["box_offsets"] = np.zeros((0, 4), np.int16), np.zeros(3, np.int64)
+    inputs = {name: artifacts.fingerprint(tmp_path / f"{name}.h5") for name in ("neighbors", "proposals")}
+    with artifacts.create(tmp_path / "correspondences.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
+        file["neighbor"], file["pair_offsets"] = np.array([[1], [0]], np.int32), np.zeros(3, np.int64)
+        file["pair"], file["similarity"] = np.zeros((0, 2), np.uint16), np.zeros(0, np.float16)
+    page = Page(run.write())
+    assert page.table("Model")[1] == ["mine", "50.00", "", ""]
+    assert page.bold == []  # nothing to compare
+
+
+def test_page_is_bounded(tmp_path: Path) -> None:
+    """Noise, which JPEG cannot compress, and more models than are drawn."""
+    run = Run(tmp_path, 10, 9, size=300, noise=True)
+    for number in range(14):
+        run.add_metrics(f"model{number}", ["global", "intra", "inter"], 800)
+        run.add_score(result(f"model{number}", float(number), AP={f"class {i}": 1.0 for i in range(80)}))
+    html = run.write()
+    assert len(html.encode()) < 5e6
+    assert "2 more models are not drawn" in html
+
+
+def drop(name: str) -> Callable[[Run], None]:
+    return lambda run: (run.folder / name).unlink()
+
+
+def shorten(name: str) -> Callable[[Run], None]:
+    """Replace a file by that of a run with one photo less."""
+
+    def change(run: Run) -> None:
+        other = Run(run.folder / "other", run.count - 1, run.k, size=100)
+        shutil.copy(other.folder / name, run.folder / name)
+
+    return change
+
+
+def other_proposals(run: Run) -> None:
+    with artifacts.create(run.folder / "proposals.h5", artifacts.PROPOSALS, {"other": 1}, {}) as file:
+        file["box"], file["box_offsets"] = np.ones((3, 4), np.int16), np.arange(4)
+
+
+def overwrite(name: str, text: str) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        (run.folder / name).write_text(text)
+
+    return change
+
+
+def twice(run: Run) -> None:
+    run.add_score(result("stage1", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("manifest.csv"), "manifest.csv: no such file"),
+        (drop("rejected.csv"), "rejected.csv: no such file"),
+        (drop("neighbors.h5"), "neighbors.h5: no such file"),
+        (drop("proposals.h5"), "proposals.h5: no such file"),
+        (drop("correspondences.h5"), "correspondences.h5: no such file"),
+        (drop("models/stage1/metrics.csv"), "metrics.csv: no such file"),
+        (drop("score0.json"), "score0.json: no such file"),
+        (drop('photos/a&b<i>1".jpg'), "photo is gone"),
+        (shorten("neighbors.h5"), "neighbors.h5: has 2 rows, but .*manifest.csv has 3"),
+        (shorten("proposals.h5"), "proposals.h5: has 2 rows, but .*manifest.csv has 3"),
+        (shorten("correspondences.h5"), "correspondences.h5: has 2 rows, but .*manifest.csv has 3"),
+        (other_proposals, "correspondences.h5: was made from another proposals"),
+        (overwrite("rejected.csv", "a,b\n"), "rejected.csv: has no column 'path'"),
+        (overwrite("models/stage1/metrics.csv", ""), "metrics.csv: has no column 'epoch'"),
+        (overwrite("models/stage1/metrics.csv", "epoch,loss,feature_std,lr\n1,x,1,1\n"), "metrics.csv: damaged"),
+        (overwrite("models/stage1/metrics.csv", "epoch,loss,feature_std,lr\n1,2\n"), "metrics.csv: damaged"),
+        (overwrite("score0.json", "{"), "score0.json: damaged"),
+        (overwrite("score0.json", "{}"), "score0.json: is no result"),
+        (
+            overwrite("score0.json", '{"task": "t", "model": "m", "metrics": {}, "settings": {}, "data": {}}'),
+            "score0.json: holds no mAP",
+        ),
+        (twice, "score1.json: model 'stage1' of voc07_svm is given twice"),
+    ],
+)
+def test_bad_input_writes_nothing(tmp_path: Path, change: Callable[[Run], None], message: str) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_metrics("stage1", ["global"], 2)
+    run.add_score(result("stage1", 62.0))
+    change(run)
+    with pytest.raises(InputError, match=message):
+        run.write()
+    assert not (tmp_path / "out").exists()

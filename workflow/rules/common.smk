@@ -1,0 +1,167 @@
+# The checked config, where each stage's files lie, and the final outputs.
+import hashlib
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+from orl import InputError
+from orl import artifacts, config as settings
+
+
+def stop(sentence):
+    """End before any work: one sentence, exit 2."""
+    print(f"orl: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:
+    RUN = settings.parse(config, "config")
+    VARIANTS = {name: settings.variant(config, name) for name in (None, *RUN.variants)}
+except InputError as error:
+    stop(error)
+
+RESULTS = f"results/{RUN.name}"
+COMPUTE = RUN.compute
+SCENES = RUN.data.layout == "scenes"
+ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
+if not ROOT:
+    stop("config: data.root is not given; set it to the folder of your photos.")
+if not SCENES and not Path(ROOT).is_dir():
+    stop(
+        f"config: data.root: {ROOT!r} is no folder; set it to the folder of your photos."
+    )
+
+# What each stage is made from, and its file or folder; {v} is "" or "-VARIANT".
+UPSTREAM = {
+    "manifest": (),
+    "random": (),
+    "stage1": ("manifest",),
+    "embeddings": ("stage1",),
+    "proposals": ("manifest",),
+    "neighbors": ("embeddings",),
+    "rois": ("stage1", "proposals"),
+    "correspondences": ("neighbors", "rois"),
+    "stage3": ("correspondences",),
+}
+PATHS = {
+    "manifest": "manifest.csv",
+    "random": "models/random{v}",
+    "stage1": "models/stage1{v}",
+    "embeddings": "discovery{v}/embeddings.h5",
+    "proposals": "discovery{v}/proposals.h5",
+    "neighbors": "discovery{v}/neighbors.h5",
+    "rois": "discovery{v}/rois.h5",
+    "correspondences": "discovery{v}/correspondences.h5",
+    "stage3": "models/orl{v}",
+}
+MODELS = ("random", "stage1", "stage3")
+for task in ("voc07_svm",):
+    for model in MODELS:
+        UPSTREAM[f"{task} {model}"] = (model,)
+        PATHS[f"{task} {model}"] = (
+            PATHS[model].replace("models", "downstream") + f"/{task}.json"
+        )
+
+LEDGER = Path(RESULTS, "variants.json")
+try:
+    HELD = json.loads(LEDGER.read_text())
+except (OSError, ValueError):
+    HELD = {}
+
+
+@cache
+def digest(stage, variant):
+    """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
+    whole = [settings.used(VARIANTS[variant], stage.split()[0])]
+    whole += [digest(upstream, variant) for upstream in UPSTREAM[stage]]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def owner(stage, variant):
+    """The variant (None: the run itself) whose folder holds a stage of `variant`.
+
+    The first variant with equal settings for the stage and everything upstream of it; among several, one whose folder
+    was last made with these settings, so that going back to settings which another variant holds finds its results.
+    """
+    wanted = digest(stage, variant)
+    equal = [other for other in VARIANTS if digest(stage, other) == wanted]
+    return next(
+        (other for other in equal if HELD.get(place(stage, other)) == wanted), equal[0]
+    )
+
+
+def place(stage, variant):
+    """File or folder of a stage in a variant's own folder, relative to the run's results."""
+    return PATHS[stage].format(v=f"-{variant}" if variant else "")
+
+
+def found(stage, variant=None):
+    """File or folder where a stage of a variant lies."""
+    return f"{RESULTS}/{place(stage, owner(stage, variant))}"
+
+
+def of(stage, file=""):
+    """Input function of a rule with wildcard {v}: where the stage of that variant lies."""
+    return lambda wildcards: found(stage, wildcards.v[1:] or None) + file
+
+
+def decides(stage):
+    """Params function: the settings that decide a stage's result, as JSON."""
+    return lambda wildcards: json.dumps(
+        settings.used(VARIANTS[wildcards.get("v", "")[1:] or None], stage)
+    )
+
+
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
+def models():
+    """Every model of every variant."""
+    return unique(
+        f"{found(model, v)}/backbone.safetensors"
+        for model in ("stage1", "stage3")
+        for v in VARIANTS
+    )
+
+
+def labels(variant=None):
+    """Folder of the labelled photos of voc07_svm, or None where it is not configured."""
+    section = VARIANTS[variant].downstream.voc07_svm
+    if section.root is None and SCENES:
+        return f"{ROOT}/VOCdevkit/VOC2007" if section.layout == "voc" else ROOT
+    return section.root
+
+
+def scores():
+    """Every downstream result of every model."""
+    return unique(
+        found(f"voc07_svm {model}", v)
+        for v in VARIANTS
+        if labels(v)
+        for model in MODELS
+    )
+
+
+if not any(map(labels, VARIANTS)):
+    print(
+        "orl: voc07_svm is left out: downstream.voc07_svm.root is not given",
+        file=sys.stderr,
+    )
+
+
+wildcard_constraints:
+    v="(-[A-Za-z0-9_]+)?",
+    model="random|stage1|orl",
+
+
+onstart:
+    HELD.update(
+        {
+            place(stage, owner(stage, v)): digest(stage, v)
+            for stage in UPSTREAM
+            for v in VARIANTS
+        }
+    )
+    artifacts.write_json(LEDGER, HELD)

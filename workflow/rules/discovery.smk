@@ -1,0 +1,98 @@
+rule embed:
+    input:
+        manifest=of("manifest"),
+        model=of("stage1", "/model.safetensors"),
+    output:
+        f"{RESULTS}/discovery{{v}}/embeddings.h5",
+    log:
+        f"{RESULTS}/logs/embed{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/embed{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("embeddings"),
+        root=ROOT,
+    shell:
+        "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "--model {input.model:q} --output {output:q} --threads {threads} 2>&1 | tee {log:q}"
+
+
+rule propose:
+    input:
+        manifest=of("manifest"),
+    output:
+        f"{RESULTS}/discovery{{v}}/proposals.h5",
+    log:
+        f"{RESULTS}/logs/propose{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/propose{{v}}.tsv"
+    threads: COMPUTE.threads
+    params:
+        settings=decides("proposals"),
+        root=ROOT,
+    shell:
+        "orl propose --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "--output {output:q} --threads {threads} 2>&1 | tee {log:q}"
+
+
+rule neighbors:
+    input:
+        embeddings=of("embeddings"),
+    output:
+        f"{RESULTS}/discovery{{v}}/neighbors.h5",
+    log:
+        f"{RESULTS}/logs/neighbors{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/neighbors{{v}}.tsv"
+    threads: COMPUTE.threads
+    params:
+        settings=decides("neighbors"),
+    shell:
+        "orl neighbors --settings {params.settings:q} --embeddings {input.embeddings:q} --output {output:q} "
+        "--threads {threads} 2>&1 | tee {log:q}"
+
+
+rule rois:
+    input:
+        manifest=of("manifest"),
+        proposals=of("proposals"),
+        backbone=of("stage1", "/backbone.safetensors"),
+    output:
+        f"{RESULTS}/discovery{{v}}/rois.h5",
+    log:
+        f"{RESULTS}/logs/rois{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/rois{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("rois"),
+        root=ROOT,
+    shell:
+        "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --threads {threads} "
+        "2>&1 | tee {log:q}"
+
+
+rule correspond:
+    input:
+        manifest=of("manifest"),
+        neighbors=of("neighbors"),
+        proposals=of("proposals"),
+        rois=of("rois"),
+    output:
+        f"{RESULTS}/discovery{{v}}/correspondences.h5",
+    log:
+        f"{RESULTS}/logs/correspond{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/correspond{{v}}.tsv"
+    threads: COMPUTE.threads
+    params:
+        settings=decides("correspondences"),
+    shell:
+        "orl correspond --settings {params.settings:q} --manifest {input.manifest:q} --neighbors {input.neighbors:q} "
+        "--proposals {input.proposals:q} --rois {input.rois:q} --output {output:q} --threads {threads} "
+        "2>&1 | tee {log:q}"

@@ -1,0 +1,26 @@
+def evaluated(wildcards):
+    """The backbone that a result is of: its settings' own, wherever that lies."""
+    stage = {"random": "random", "stage1": "stage1", "orl": "stage3"}[wildcards.model]
+    return found(stage, wildcards.v[1:] or None) + "/backbone.safetensors"
+
+
+rule voc07_svm:
+    input:
+        backbone=evaluated,
+        photos=ROOT if SCENES else [],
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
+    log:
+        f"{RESULTS}/logs/voc07_svm.{{model}}{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/voc07_svm.{{model}}{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("voc07_svm"),
+        labels=lambda wildcards: labels(wildcards.v[1:] or None),
+    shell:
+        "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
+        "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "
+        "2>&1 | tee {log:q}"

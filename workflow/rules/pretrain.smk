@@ -1,0 +1,73 @@
+# The folder models/MODEL/state, which is not declared, holds the checkpoints: Snakemake deletes a failed job's outputs.
+rule random:
+    output:
+        multiext(
+            f"{RESULTS}/models/random{{v}}/",
+            "backbone.safetensors",
+            "model.safetensors",
+        ),
+    log:
+        f"{RESULTS}/logs/random{{v}}.log",
+    params:
+        settings=decides("random"),
+    shell:
+        "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output[0]:q}) 2>&1 | tee {log:q}"
+
+
+rule stage1:
+    input:
+        manifest=of("manifest"),
+    output:
+        multiext(
+            f"{RESULTS}/models/stage1{{v}}/",
+            "backbone.safetensors",
+            "model.safetensors",
+            "metrics.csv",
+        ),
+    log:
+        f"{RESULTS}/logs/stage1{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=COMPUTE.gpus,
+        checkpoint_minutes=COMPUTE.checkpoint_minutes,
+        log_every=COMPUTE.log_every,
+    params:
+        settings=decides("stage1"),
+        root=ROOT,
+    shell:
+        "orl pretrain --stage stage1 --settings {params.settings:q} --root {params.root:q} "
+        "--manifest {input.manifest:q} --output $(dirname {output[0]:q}) --threads {threads} "
+        "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule stage3:
+    input:
+        manifest=of("manifest"),
+        proposals=of("proposals"),
+        correspondences=of("correspondences"),
+    output:
+        multiext(
+            f"{RESULTS}/models/orl{{v}}/",
+            "backbone.safetensors",
+            "model.safetensors",
+            "metrics.csv",
+        ),
+    log:
+        f"{RESULTS}/logs/orl{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/orl{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=COMPUTE.gpus,
+        checkpoint_minutes=COMPUTE.checkpoint_minutes,
+        log_every=COMPUTE.log_every,
+    params:
+        settings=decides("stage3"),
+        root=ROOT,
+    shell:
+        "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
+        "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
+        "--output $(dirname {output[0]:q}) --threads {threads} "
+        "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"

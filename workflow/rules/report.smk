@@ -1,0 +1,26 @@
+rule report:
+    input:
+        manifest=found("manifest"),
+        rejected=f"{RESULTS}/rejected.csv",
+        metrics=unique(
+            f"{found(stage, v)}/metrics.csv"
+            for stage in ("stage1", "stage3")
+            for v in VARIANTS
+        ),
+        scores=scores(),
+        neighbors=found("neighbors"),
+        proposals=found("proposals"),
+        correspondences=found("correspondences"),
+    output:
+        f"{RESULTS}/report/index.html",
+    log:
+        f"{RESULTS}/logs/report.log",
+    params:
+        settings=json.dumps({"data": {"exif": RUN.data.exif}}),
+        name=RUN.name,
+        root=ROOT,
+    shell:
+        "orl report --settings {params.settings:q} --run-name {params.name:q} --root {params.root:q} "
+        "--manifest {input.manifest:q} --rejected {input.rejected:q} --metrics {input.metrics:q} "
+        "--scores {input.scores:q} --neighbors {input.neighbors:q} --proposals {input.proposals:q} "
+        "--correspondences {input.correspondences:q} --output {output:q} 2>&1 | tee {log:q}"
