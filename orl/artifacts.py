@@ -115,7 +115,7 @@ def attributes(path: str | os.PathLike) -> dict[str, str]:
 
             try:
                 with safe_open(path, "numpy") as model:
-                    return dict(model.metadata() or {})
+                    return json.loads((model.metadata() or {}).get("orl", "{}"))
             except SafetensorError as error:
                 raise ValueError(error) from None
         with h5py.File(path, "r") as file:
@@ -283,7 +283,8 @@ def write_weights(path: str | os.PathLike, tensors: Mapping[str, Any], attrs: Ma
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(attrs))
+        # One entry only: safetensors writes several in an order that changes from call to call.
+        save_file(contiguous, temporary, metadata={"orl": json.dumps(dict(attrs), sort_keys=True)})
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from orl.data.labels import Labels, read_splits
 from orl.progress import track
 
 TASK = "voc07_svm"
+FEW = 1000  # training photos below which one process is enough
 SPLITS = {"voc": ("trainval", "test"), "coco": ("train2017", "val2017")}
 # LIBLINEAR as the release calls it; random_state because it visits the photos in random order.
 SVM = {
@@ -165,20 +166,22 @@ def fit_classes(
     Raises InputError where no class can be evaluated.
     """
     left_out = _left_out(train_labels, test_labels)
-    used_columns = [column for column, name in enumerate(train_labels.classes) if name not in left_out]
+    columns = [column for column, name in enumerate(train_labels.classes) if name not in left_out]
     with threadpool_limits(1):  # as in fit_class
         train, test = shorten(normalize(train), normalize(test))
     # Processes, not threads: LIBLINEAR has one random generator per process. joblib maps the features into each.
-    parallel = joblib.Parallel(n_jobs=max(1, min(workers, len(used_columns))), return_as="generator")
+    # A process takes seconds to start, so that small sets are done sooner in one.
+    processes = max(1, min(workers, len(columns))) if len(train) >= FEW else 1
+    parallel = joblib.Parallel(n_jobs=processes, return_as="generator")
     jobs = (
         joblib.delayed(fit_class)(
             train, train_labels.label[:, column], test, test_labels.label[:, column], costs, folds
         )
-        for column in used_columns
+        for column in columns
     )
-    names = [train_labels.classes[column] for column in used_columns]
+    names = [train_labels.classes[column] for column in columns]
     fitted = dict(zip(names, track(parallel(jobs), len(names), "SVM classes"), strict=True))
-    seen = test_labels.label[:, used_columns]
+    seen = test_labels.label[:, columns]
     return {
         "mAP": 100 * float(np.mean([one.ap for one in fitted.values()])),
         "chance_mAP": 100 * float(np.mean((seen > 0).sum(0) / (seen != 0).sum(0))),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from orl import artifacts
+from orl import InputError, artifacts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
@@ -109,11 +109,30 @@ def save(path: str | os.PathLike, name: str, model: ResNet, attrs: Mapping[str, 
     artifacts.write_weights(path, model.state_dict(), {**attrs, "backbone": name})
 
 
+def described(path: str | os.PathLike, key: str) -> str:
+    """What a model file's attribute says of its network. Raises InputError."""
+    found = artifacts.attributes(path).get(key)
+    if found is None:
+        raise InputError(f"{path}: does not say its {key}; make it with `orl pretrain`.")
+    return found
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Load the tensors of `path` into a model. Raises InputError if they do not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: its weights do not fit ({detail}); make it with `orl pretrain`.") from None
+
+
 def load(path: str | os.PathLike) -> ResNet:
     """The backbone of a backbone.safetensors, in eval mode on the CPU. Raises InputError."""
-    tensors = artifacts.read_weights(path)
-    model = backbone(artifacts.attributes(path)["backbone"])
-    model.load_state_dict(tensors)
+    tensors, name = artifacts.read_weights(path), described(path, "backbone")
+    if name not in BLOCKS:
+        raise InputError(f"{path}: its backbone {name!r} is not one of {', '.join(BLOCKS)}.")
+    model = backbone(name)
+    fill(model, tensors, path)
     return model.eval()
 
 

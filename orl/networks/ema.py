@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orl import artifacts
 from orl.config import Network
-from orl.networks.backbones import backbone, initialize
+from orl.networks.backbones import backbone, described, fill, initialize
 from orl.networks.heads import mlp
 
 
@@ -52,8 +52,7 @@ def save(path: str | os.PathLike, network: Network, model: Pair, attrs: Mapping[
 def load_encoder(path: str | os.PathLike) -> Encoder:
     """The online encoder of a model.safetensors, in eval mode on the CPU. Raises InputError."""
     tensors = artifacts.read_weights(path)
-    model = Encoder(Network.model_validate_json(artifacts.attributes(path)["network"]))
-    model.load_state_dict(
-        {key.removeprefix("online."): value for key, value in tensors.items() if key.startswith("online.")}
-    )
+    model = Encoder(Network.model_validate_json(described(path, "network")))
+    online = {key.removeprefix("online."): value for key, value in tensors.items() if key.startswith("online.")}
+    fill(model, online, path)
     return model.eval()

@@ -7,7 +7,6 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -135,6 +134,10 @@ def report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
+    for task in context["tasks"]:
+        for model, score, change, chance in task.rows:
+            print(f"{task.title}: {model}: mAP {score.text} ({change or 'no change'} against stage1, chance {chance})")
+    print(f"page: {output}")
 
 
 def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, str]]:
@@ -261,7 +264,7 @@ def _metrics(path: str) -> dict[str, np.ndarray]:
     rows = _read_csv(path, METRICS_COLUMNS, "train again")
     try:
         names = rows[0] if rows else METRICS_COLUMNS
-        return {name: np.array([row[name] for row in rows], float) for name in names}
+        return {name: np.array([float(row[name]) for row in rows]) for name in names}
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged or not such a file ({error}); train again.") from None
 

@@ -17,7 +17,7 @@ def save_random(path: Path, name: str) -> backbones.ResNet:
     """A random backbone with running statistics that are not the default ones."""
     torch.manual_seed(0)
     model = backbones.backbone(name)
-    model.train()(torch.randn(8, 3, 64, 64))
+    model.train()(torch.randn(4, 3, 64, 64))
     backbones.save(path, name, model, artifacts.stamp(artifacts.MODEL, {}, {}))
     return model.eval()
 
@@ -33,10 +33,11 @@ def photos(folder: Path, sizes: Sequence[tuple[int, int]]) -> Labels:
     return Labels(tuple(paths), ids, ("thing",), np.ones((len(ids), 1), np.int8))
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    save_random(tmp_path / "backbone.safetensors", "resnet10")
-    return tmp_path / "backbone.safetensors"
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "backbone.safetensors"
+    save_random(path, "resnet10")
+    return path
 
 
 def test_as_torchvision(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from orl import InputError, artifacts
+from orl.report import figures
 from orl.report.page import QUERIES, report
 
-ODD = "orl<b>&\"x'"  # a model's name that is markup where it is not escaped
-VOID = {"meta", "img", "link", "br", "hr", "input"}
+ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
+VOID = {"meta", "img", "link", "br", "wbr", "input"}
 
 
 class Page(HTMLParser):
@@ -232,31 +233,34 @@ def test_rejected_are_counted(page: Page) -> None:
     assert "bad<20>.jpg" not in page.text
 
 
-def test_matched_boxes_are_drawn(made: Run) -> None:
-    """The first drawn pair, from the files."""
-    html = (made.folder / "out" / "index.html").read_text()
-    drawing = html[html.index('<svg class="drawing"') :]
-    drawing = drawing[: drawing.index("</svg>")]
-    photos = [line.split("<title>")[1] for line in drawing.splitlines() if "<title>" in line]
-    row, other = (int(name.split("&gt;")[1].split("&")[0]) for name in photos)
-    assert other == (row + 1) % made.count
-    boxes = artifacts.read_proposals(made.folder / "proposals.h5")
-    for left, number in ((0, row), (240 + 28, other)):
-        x, y, w, h = boxes.box[boxes.box_offsets[number]] * 0.75  # 320 px wide, drawn 240 wide
-        top = (max(made_height(row), made_height(other)) - made_height(number)) / 2
-        numbers = f'x="{x + left:.1f}" y="{y + top:.1f}" width="{w:.1f}" height="{h:.1f}"'
-        close = [line for line in drawing.splitlines() if line.startswith("<rect") and "stroke=" in line]
-        assert any(near(line, numbers) for line in close), numbers
+def test_matched_boxes_lie_on_the_photos() -> None:
+    """A landscape photo at the left, a portrait one, lower by half its height less, at the right."""
+    images = np.zeros((100, 200, 3), np.uint8), np.zeros((400, 300, 3), np.uint8)
+    first, same = np.array([20, 10, 100, 50], np.int16), np.array([30, 40, 100, 200], np.int16)
+    drawing = figures.pair(images, ("a", "b"), 240, [(first, same), (first + 1, same)], ["0.9", "0.8"])
+    right = 240 + figures.GAP
+    assert (drawing.width, drawing.height) == (right + 180, 240)
+    assert drawing.places == ((0, 60, 240, 120), (right, 0, 180, 240))
+    assert [(photo.width, photo.height) for photo in drawing.photos] == [(200, 100), (180, 240)]
+    best, second = drawing.matches
+    assert best.boxes == ((24, 72, 120, 60), (right + 18, 24, 60, 120))
+    assert best.line == (144, 102, right + 18, 84)
+    assert best.tags == [(24, 72), (right + 18, 24)]
+    assert second.tags[1] == (right + 18 + figures.TAG, 24)  # beside that of the box it covers
+    assert best.style.color != second.style.color
 
 
-def made_height(number: int) -> float:
-    return (320 - 10 * (number % 5)) * 0.75
-
-
-def near(line: str, expected: str) -> bool:
-    """Whether a rectangle is where it is expected to be, to a rounding."""
-    found = [float(part) for part in line.split('"')[1:8:2]]
-    return np.allclose(found, [float(part) for part in expected.split('"')[1::2]], atol=0.11)
+def test_drawn_pairs_are_those_of_the_files(made: Run, page: Page) -> None:
+    manifest = artifacts.read_manifest(made.folder / "manifest.csv")
+    pairs = artifacts.read_correspondences(made.folder / "correspondences.h5")
+    captions = [label for label in page.labels if "RoI pairs of" in label]
+    assert len(captions) == 12
+    for caption in captions[:6]:  # random photos, each with its nearest neighbour
+        row = next(i for i, path in enumerate(manifest.path) if f"of {path} and" in caption)
+        count = pairs.pair_offsets[row * made.k + 1] - pairs.pair_offsets[row * made.k]
+        assert caption == f"{count} of {count} RoI pairs of {manifest.path[row]} and {manifest.path[(row + 1) % 12]}"
+    for extreme in (pairs.similarity.min(), pairs.similarity.max()):
+        assert f"1: {extreme:.3f}" in page.text
 
 
 def test_same_inputs_same_bytes(made: Run) -> None:

@@ -1,6 +1,7 @@
 # The checked config, where each stage's files lie, and the final outputs.
 import hashlib
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,9 @@ for task in ("voc07_svm",):
             PATHS[model].replace("models", "downstream") + f"/{task}.json"
         )
 
+# Rules run `orl`: the one installed beside this Python, activated or not.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
 LEDGER = Path(RESULTS, "variants.json")
 try:
     HELD = json.loads(LEDGER.read_text())
@@ -107,10 +111,15 @@ def of(stage, file=""):
 
 
 def decides(stage):
-    """Params function: the settings that decide a stage's result, as JSON."""
-    return lambda wildcards: json.dumps(
-        settings.used(VARIANTS[wildcards.get("v", "")[1:] or None], stage)
-    )
+    """Params function: the settings that decide a stage's result, as JSON for --settings."""
+
+    def as_json(wildcards):
+        used = settings.used(VARIANTS[wildcards.get("v", "")[1:] or None], stage)
+        return json.dumps(
+            {key: value for key, value in used.items() if key != "version"}
+        )
+
+    return as_json
 
 
 def unique(items):
@@ -144,6 +153,12 @@ def scores():
     )
 
 
+for name in VARIANTS:
+    root = VARIANTS[name].downstream.voc07_svm.root
+    if root and not Path(root).is_dir():
+        stop(
+            f"config: downstream.voc07_svm.root: {root!r} is no folder; set it to the labelled photos."
+        )
 if not any(map(labels, VARIANTS)):
     print(
         "orl: voc07_svm is left out: downstream.voc07_svm.root is not given",

@@ -10,6 +10,7 @@ if SCENES:
         threads: COMPUTE.threads
         params:
             settings=decides("scenes"),
+            version=settings.RESULT_VERSION["scenes"],
         shell:
             "orl scenes --settings {params.settings:q} --output {output:q} --threads {threads} 2>&1 | tee {log:q}"
 
@@ -32,6 +33,7 @@ rule manifest:
     threads: COMPUTE.threads
     params:
         settings=decides("manifest"),
+        version=settings.RESULT_VERSION["manifest"],
         root=ROOT,
     shell:
         "orl manifest --settings {params.settings:q} --root {params.root:q} --output {output.manifest:q} "

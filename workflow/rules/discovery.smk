@@ -13,6 +13,7 @@ rule embed:
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("embeddings"),
+        version=settings.RESULT_VERSION["embeddings"],
         root=ROOT,
     shell:
         "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
@@ -31,6 +32,7 @@ rule propose:
     threads: COMPUTE.threads
     params:
         settings=decides("proposals"),
+        version=settings.RESULT_VERSION["proposals"],
         root=ROOT,
     shell:
         "orl propose --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
@@ -49,6 +51,7 @@ rule neighbors:
     threads: COMPUTE.threads
     params:
         settings=decides("neighbors"),
+        version=settings.RESULT_VERSION["neighbors"],
     shell:
         "orl neighbors --settings {params.settings:q} --embeddings {input.embeddings:q} --output {output:q} "
         "--threads {threads} 2>&1 | tee {log:q}"
@@ -70,6 +73,7 @@ rule rois:
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("rois"),
+        version=settings.RESULT_VERSION["rois"],
         root=ROOT,
     shell:
         "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
@@ -92,6 +96,7 @@ rule correspond:
     threads: COMPUTE.threads
     params:
         settings=decides("correspondences"),
+        version=settings.RESULT_VERSION["correspondences"],
     shell:
         "orl correspond --settings {params.settings:q} --manifest {input.manifest:q} --neighbors {input.neighbors:q} "
         "--proposals {input.proposals:q} --rois {input.rois:q} --output {output:q} --threads {threads} "

@@ -19,6 +19,7 @@ rule voc07_svm:
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("voc07_svm"),
+        version=settings.RESULT_VERSION["voc07_svm"],
         labels=lambda wildcards: labels(wildcards.v[1:] or None),
     shell:
         "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "

@@ -10,6 +10,7 @@ rule random:
         f"{RESULTS}/logs/random{{v}}.log",
     params:
         settings=decides("random"),
+        version=settings.RESULT_VERSION["random"],
     shell:
         "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output[0]:q}) 2>&1 | tee {log:q}"
 
@@ -35,6 +36,7 @@ rule stage1:
         log_every=COMPUTE.log_every,
     params:
         settings=decides("stage1"),
+        version=settings.RESULT_VERSION["stage1"],
         root=ROOT,
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} --root {params.root:q} "
@@ -65,6 +67,7 @@ rule stage3:
         log_every=COMPUTE.log_every,
     params:
         settings=decides("stage3"),
+        version=settings.RESULT_VERSION["stage3"],
         root=ROOT,
     shell:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "

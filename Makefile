@@ -1,0 +1,41 @@
+# make demo   installs, runs everything on generated scenes
+# make test   installs, checks style and types, runs the tests
+# make bench  speed and quality measurements (benchmarks/)
+# make clean  removes the environment, caches and the demo's results; other results stay
+CORES ?= all
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test lint install bench clean
+
+demo: install
+	snakemake --cores $(CORES)
+
+test: lint
+	pytest -n 2 --dist worksteal
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow/rules
+	python workflow/lint.py
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	if command -v uv > /dev/null; then \
+	  uv venv --quiet --clear --python '>=3.11' .venv && \
+	  uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[dev,slurm]'; \
+	else \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")' && \
+	  $(PYTHON) -m venv --clear .venv && .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,slurm]'; \
+	fi
+	touch $@
+
+bench: install
+	python benchmarks/scenes.py
+
+clean:
+	rm -rf .venv results/scenes .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

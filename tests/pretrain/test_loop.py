@@ -1,0 +1,288 @@
+"""Training through its public function and command: files, resuming, faults."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orl import InputError
+from orl.config import parse
+from orl.pretrain import loop
+from orl.pretrain.checkpoint import State
+
+CONFIG = {
+    "seed": 1,
+    "stage1": {
+        "network": {"backbone": "resnet10", "hidden": 16, "projection": 8},
+        "views": {"size": 32, "blur_radius": [0.1, 0.5]},
+        "optimizer": {"batch": 4, "epochs": 3, "lr": 8.0, "warmup_epochs": 1},
+    },
+    "stage3": {"patch": 24},
+}
+
+
+@pytest.fixture
+def train(photos, manifest_path, tmp_path):
+    def run(output="model", change=None, **options):
+        config = parse(CONFIG if change is None else {**CONFIG, **change})
+        loop.train(config, "stage1", str(photos), str(manifest_path), tmp_path / output, **options)
+        return tmp_path / output
+
+    return run
+
+
+def assert_equal_models(a: Path, b: Path):
+    for name in ("backbone.safetensors", "model.safetensors", "metrics.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_the_files_of_a_training(train, manifest, photos):
+    torchvision = pytest.importorskip("torchvision")
+    output = train()
+    rows = list(csv.DictReader((output / "metrics.csv").open()))
+    per_epoch = len(manifest) // 4
+    assert [int(row["step"]) for row in rows] == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+    assert all(0 < float(row["loss_global"]) < 8 for row in rows)
+    assert all(0 < float(row["feature_std"]) < 1.5 for row in rows)
+    assert rows[-1]["ema"] > rows[0]["ema"]
+    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    missing, extra = network.load_state_dict(load_file(output / "backbone.safetensors"), strict=False)
+    assert (sorted(missing), extra) == (["fc.bias", "fc.weight"], [])
+    model = load_file(output / "model.safetensors")
+    for side in ("online", "target"):
+        for key, value in load_file(output / "backbone.safetensors").items():
+            assert model[f"{side}.backbone.{key}"].shape == value.shape
+    assert torch.equal(
+        model["online.backbone.conv1.weight"], load_file(output / "backbone.safetensors")["conv1.weight"]
+    )
+    assert not torch.equal(model["online.backbone.conv1.weight"], model["target.backbone.conv1.weight"])
+
+
+def test_training_equals_a_plain_loop(train, photos, manifest):
+    """Optimizer, schedule and EMA against the equations, with torch's own pieces put together by hand."""
+    from orl.pretrain.augment import augment
+    from orl.pretrain.samples import Batches, ImageViews, loader
+
+    settings = parse(CONFIG).stage1
+    torch.set_num_threads(1)
+    model = loop.initial(settings, 1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    online = [p for n, p in model.named_parameters() if not n.startswith("target")]
+    buffers = [torch.zeros_like(p) for p in online]
+    per_epoch = len(manifest) // 4
+    dataset = ImageViews(str(photos), manifest, "ignore", settings, 1)
+    for step, (views, parameters) in enumerate(loader(dataset, Batches(len(manifest), 4, 3, 1), 0, False)):
+        x = [augment(view.permute(0, 3, 1, 2), parameters[:, i]) for i, view in enumerate(views)]
+        model.zero_grad()
+        model(*x)[0]["global"].backward()
+        lr = 8.0 * 4 / 512 * (1 + np.cos(np.pi * (step // per_epoch) / 3)) / 2
+        if step < per_epoch:
+            lr *= 1 - (1 - step / per_epoch) * (1 - 1e-4)
+        m = 1 - 0.01 * (np.cos(np.pi * step / (3 * per_epoch)) + 1) / 2
+        with torch.no_grad():
+            for p, v in zip(online, buffers, strict=True):
+                v.mul_(0.9).add_(p.grad + 1e-4 * p)
+                p.sub_(lr * v)
+            for t, o in zip(model.target.parameters(), model.online.parameters(), strict=True):
+                t.copy_(m * t + (1 - m) * o)
+    trained = load_file(train() / "model.safetensors")
+    for name, value in model.named_parameters():
+        moved = (value - before[name]).norm()
+        if name != "online.projector.0.bias" and not name.endswith("predictor.0.bias"):  # a BatchNorm undoes these
+            assert moved > 1e-5, name
+            assert (value - trained[name]).norm() < 0.05 * moved, name  # rounding, which training magnifies
+
+
+def test_random_has_the_networks_before_the_first_step(tmp_path):
+    config = parse(CONFIG)
+    loop.random(config, tmp_path / "random")
+    expected = loop.initial(config.stage1, 1).online.backbone.state_dict()
+    found = load_file(tmp_path / "random" / "backbone.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def crash_at(monkeypatch, step):
+    original = loop._Run.train_step
+
+    def train_step(self, *batch):
+        if self.step == step:
+            raise KeyboardInterrupt
+        original(self, *batch)
+
+    monkeypatch.setattr(loop._Run, "train_step", train_step)
+
+
+@pytest.mark.parametrize(("step", "minutes"), [(1, 0), (3, 0), (3, 15), (5, 15)])
+def test_an_interrupted_training_ends_bit_equal(train, monkeypatch, step, minutes):
+    undisturbed = train("undisturbed")
+    with monkeypatch.context() as patch:
+        crash_at(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train("broken", checkpoint_minutes=minutes)
+    assert not list((undisturbed.parent / "broken").glob("*.safetensors"))
+    assert_equal_models(train("broken", log_every=1), undisturbed)
+
+
+def test_a_finished_training_is_not_done_again(train, monkeypatch):
+    output = train()
+    before = {path.name: path.read_bytes() for path in output.glob("*.*")}
+    for path in output.glob("*.*"):
+        path.unlink()
+    crash_at(monkeypatch, 0)
+    train()
+    assert {path.name: path.read_bytes() for path in output.glob("*.*")} == before
+
+
+def test_changed_settings_start_anew_and_lose_nothing(train, capsys):
+    output = train()
+    first = (output / "model.safetensors").read_bytes()
+    train(change={"seed": 2})
+    assert "states of other settings" in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() != first
+    assert len(list(output.glob("state/*/checkpoint.pt"))) == 2
+    train()
+    assert (output / "model.safetensors").read_bytes() == first
+
+
+def command(photos, manifest_path, output, *extra):
+    import json
+
+    return [sys.executable, "-m", "orl", "pretrain", "--stage", "stage1", "--settings", json.dumps(CONFIG), "--root",
+            str(photos), "--manifest", str(manifest_path), "--output", str(output), "--threads", "2", *extra]  # fmt: skip
+
+
+def wait_for(path: Path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() or not list(path.glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_command_resumes_bit_equal(photos, manifest_path, tmp_path, kind):
+    subprocess.run(command(photos, manifest_path, tmp_path / "whole"), check=True, capture_output=True)
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(photos, manifest_path, broken, "--checkpoint-minutes", "0"), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(broken / "state", process)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=120)
+    finished = process.returncode == 0  # the training may have won the race; then there is nothing to resume
+    if not finished:
+        assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143)
+        assert not (broken / "backbone.safetensors").exists()
+    if kind == signal.SIGTERM and not finished:
+        assert re.search(r"stopped at step \d+", err)
+    again = subprocess.run(command(photos, manifest_path, broken), check=True, capture_output=True, text=True)
+    assert "going on from step" in again.stderr
+    assert_equal_models(broken, tmp_path / "whole")
+    assert not list(broken.rglob("*.tmp")) or kind == signal.SIGKILL
+
+
+def test_two_trainings_on_one_folder_are_refused(train, tmp_path):
+    held = State(tmp_path / "model" / "state", "0" * 64)
+    with pytest.raises(InputError, match="another training runs there"):
+        train()
+    held.lock.close()
+    train()
+
+
+def test_a_damaged_checkpoint_is_named(train):
+    output = train()
+    (path,) = output.glob("state/*/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        train()
+
+
+def test_a_checkpoint_that_runs_code_is_refused(train):
+    output = train()
+    (path,) = output.glob("state/*/checkpoint.pt")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(output / "owned"),)
+
+    torch.save({"model": Evil()}, path)
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        train()
+    assert not (output / "owned").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_naming_the_step(train, monkeypatch):
+    original = loop._Run.train_step
+
+    def train_step(self, views, parameters):
+        if self.step == 4:
+            with torch.no_grad():
+                self.model.online.backbone.conv1.weight.fill_(float("nan"))
+        original(self, views, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "train_step", train_step)
+        with pytest.raises(InputError, match="loss of step 4 is not finite"):
+            train("broken")
+    assert_equal_models(train("broken"), train("undisturbed"))
+
+
+@pytest.mark.parametrize("minutes", [0, 15])
+def test_a_failing_save_keeps_the_old_checkpoint(train, monkeypatch, minutes):
+    real, saves = torch.save, []
+
+    def full_disk(state, path):
+        if len(saves) == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saves.append(path)
+        real(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train("broken", checkpoint_minutes=minutes)
+    assert_equal_models(train("broken"), train("undisturbed"))
+
+
+def test_bad_inputs(train, photos, manifest_path, tmp_path):
+    with pytest.raises(InputError, match=r"stage1\.optimizer\.batch is 999, but .* lists only \d+ photos"):
+        train(change={"stage1": {"optimizer": {"batch": 999}}})
+    config = parse(CONFIG)
+    with pytest.raises(InputError, match="gone"):
+        loop.train(config, "stage1", str(tmp_path), str(manifest_path), tmp_path / "x")
+    with pytest.raises(InputError, match="stage3 needs --proposals"):
+        loop.train(config, "stage3", str(photos), str(manifest_path), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_photo_that_changed_is_named_by_the_command(photos, manifest, manifest_path, tmp_path):
+    import shutil
+
+    copy = tmp_path / "photos"
+    shutil.copytree(photos, copy)
+    spoiled = copy / str(manifest.path[len(manifest) - 1])
+    spoiled.write_bytes(spoiled.read_bytes()[:-100])
+    done = subprocess.run(command(copy, manifest_path, tmp_path / "model"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert str(spoiled) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "model" / "backbone.safetensors").exists()
+
+
+def test_bfloat16_trains_to_nearly_the_same(train):
+    full = load_file(train("full") / "backbone.safetensors")
+    half = load_file(train("half", change={"precision": "bfloat16"}) / "backbone.safetensors")
+    assert half["conv1.weight"].dtype == torch.float32
+    difference = (full["conv1.weight"] - half["conv1.weight"]).norm()
+    assert 0 < difference < 0.5 * full["conv1.weight"].norm()

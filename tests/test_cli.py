@@ -1,0 +1,333 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+
+import pytest
+
+from orl import InputError, __version__, artifacts, cli
+
+# Each command, and the flags that name a file or folder it reads.
+READS = {
+    "scenes": [],
+    "manifest": ["--root"],
+    "pretrain --stage random": [],
+    "pretrain --stage stage1": ["--root", "--manifest"],
+    "pretrain --stage stage3": ["--root", "--manifest", "--proposals", "--correspondences"],
+    "embed": ["--root", "--manifest", "--model"],
+    "propose": ["--root", "--manifest"],
+    "neighbors": ["--embeddings"],
+    "rois": ["--root", "--manifest", "--proposals", "--backbone"],
+    "correspond": ["--manifest", "--neighbors", "--proposals", "--rois"],
+    "evaluate voc07_svm --name stage1": ["--backbone", "--labels"],
+    "report --run-name run": [
+        "--root",
+        "--manifest",
+        "--rejected",
+        "--neighbors",
+        "--proposals",
+        "--correspondences",
+        "--metrics",
+        "--scores",
+    ],
+}
+NAMES = [command.split()[0] for command in READS if command.split()[-1] not in ("stage1", "stage3")]
+EACH_INPUT = [(command, flag) for command, flags in READS.items() for flag in flags]
+
+
+def run(*argv, capsys) -> tuple[int, list[str]]:
+    """Exit status and the lines on stderr."""
+    status = 0
+    try:
+        cli.main([str(part) for part in argv])
+    except SystemExit as end:
+        status = end.code
+        if end.__context__:  # a failed loader lives on in the error's frames; its processes end here
+            traceback.clear_frames(end.__context__.__traceback__)
+    return status, capsys.readouterr().err.splitlines()
+
+
+def files_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def settings(tiny):
+    change = {
+        "data": {"layout": "folder", "scenes": {"train": 2, "val": 1, "objects_train": 1, "objects_val": 1}},
+        "downstream": {"voc07_svm": {"resize": 40, "size": 32, "costs": [0.1], "folds": 2}},
+    }
+    return json.dumps({**tiny.model_dump(mode="json"), **change})
+
+
+@pytest.fixture(scope="module")
+def labels(photos, tmp_path_factory):
+    """The photos as a VOC tree with one class."""
+    folder = tmp_path_factory.mktemp("voc")
+    sets = folder / "ImageSets" / "Main"
+    sets.mkdir(parents=True)
+    (folder / "JPEGImages").mkdir()
+    names = []
+    for path in sorted(photos.rglob("*.jpg")):
+        shutil.copy(path, folder / "JPEGImages")
+        names.append(path.stem)
+    for split, own in (("trainval", names[:6]), ("test", names[6:])):
+        (sets / f"{split}.txt").write_text("".join(f"{name}\n" for name in own))
+        (sets / f"thing_{split}.txt").write_text("".join(f"{name} {(-1, 1)[i % 2]:2}\n" for i, name in enumerate(own)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(photos, labels, settings, model_folder, tmp_path_factory):
+    """Flag -> what to give for it; the files are made by the commands themselves, one after the other."""
+    folder = tmp_path_factory.mktemp("run")
+    names = {
+        name: folder / f"{name}.h5" for name in ("proposals", "embeddings", "neighbors", "rois", "correspondences")
+    }
+    given = {
+        "--root": photos,
+        "--labels": labels,
+        "--manifest": folder / "manifest.csv",
+        "--rejected": folder / "rejected.csv",
+        "--model": model_folder / "model.safetensors",
+        "--backbone": model_folder / "backbone.safetensors",
+        "--metrics": folder / "metrics.csv",
+        "--scores": folder / "voc07_svm.json",
+        **{f"--{name}": path for name, path in names.items()},
+    }
+    artifacts.write_csv(given["--metrics"], ("epoch", "loss", "feature_std", "lr"), [(1, 3.0, 0.9, 0.1)])
+
+    def make(command, output, *more):
+        options = [str(part) for flag in READS[command] for part in (flag, given[flag])]
+        cli.main([*command.split(), "--settings", settings, *options, *more, "--output", str(output), "--threads", "1"])
+
+    make("manifest", given["--manifest"], "--rejected", str(given["--rejected"]))
+    make("propose", given["--proposals"])
+    make("embed", given["--embeddings"])
+    make("neighbors", given["--neighbors"])
+    make("rois", given["--rois"])
+    make("correspond", given["--correspondences"])
+    make("evaluate voc07_svm --name stage1", given["--scores"])
+    make("report --run-name run", folder / "index.html")
+    make("scenes", folder / "scenes")
+    make("pretrain --stage random", folder / "random")
+    return given
+
+
+def argv(command, settings, inputs, output, **change):
+    """A whole command line; `change` replaces what is given for a flag."""
+    options = [part for flag in READS[command] for part in (flag, change.get(flag, inputs[flag]))]
+    if command == "manifest":
+        options += ["--rejected", output.parent / "rejected.csv"]
+    return [*command.split(), "--settings", settings, *options, "--output", output, "--threads", "1"]
+
+
+# Good input
+
+
+def test_the_commands_make_their_files(inputs):
+    folder = inputs["--manifest"].parent
+    assert {path.name for path in folder.iterdir()} == {
+        *(path.name for path in inputs.values() if path.parent == folder),
+        "index.html",
+        "random",
+        "scenes",
+    }
+    assert len(artifacts.read_manifest(inputs["--manifest"])) == 10
+    assert artifacts.read_neighbors(inputs["--neighbors"]).index.shape == (10, 3)
+    assert artifacts.read_results(inputs["--scores"])["model"] == "stage1"
+    assert sorted(path.name for path in (folder / "random").iterdir()) == ["backbone.safetensors", "model.safetensors"]
+    # Through files and command, the same as by the functions (tests/discovery) with the same settings.
+    weights = artifacts.read_weights(folder / "random" / "backbone.safetensors")
+    expected = artifacts.read_weights(inputs["--backbone"])
+    assert all((weights[name] == value).all() for name, value in expected.items())
+
+
+# Bad settings
+
+
+@pytest.mark.parametrize("command", READS)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("missing.yaml", "missing.yaml: cannot read the settings"),
+        ("broken.yaml", "broken.yaml: is neither YAML nor JSON"),
+        ('{"stage1": {"optimizer": {"epohcs": 1}}}', "--settings: unknown key 'stage1.optimizer.epohcs'; did you mean"),
+        ('{"seed": "3"}', "--settings: seed: "),
+    ],
+)
+def test_bad_settings_stop_every_command_before_any_work(command, text, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("seed: [")
+    missing = dict.fromkeys(READS[command], "nowhere")  # not looked at yet
+    status, lines = run(*argv(command, text, missing, tmp_path / "new" / "out"), capsys=capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"orl {command.split()[0]}: {sentence}")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
+
+
+# Bad files
+
+
+@pytest.mark.parametrize(("command", "flag"), EACH_INPUT)
+def test_a_missing_file_is_one_sentence(command, flag, settings, inputs, tmp_path, capsys):
+    before = files_below(tmp_path), files_below(inputs["--manifest"].parent)
+    missing = tmp_path / f"missing{inputs[flag].suffix}"
+    status, lines = run(*argv(command, settings, inputs, tmp_path / "new" / "out", **{flag: missing}), capsys=capsys)
+    assert status == 2
+    assert lines[-1].startswith(f"orl {command.split()[0]}: {missing}")
+    assert len(lines) == 1 or (command, flag) == ("rois", "--root")  # which has said how much it will write
+    assert (files_below(tmp_path), files_below(inputs["--manifest"].parent)) == before
+
+
+WRONG = {
+    "--manifest": "--rejected",
+    "--rejected": "--manifest",
+    "--metrics": "--manifest",
+    "--model": "--backbone",
+    "--backbone": "--model",
+    "--embeddings": "--neighbors",
+    "--neighbors": "--embeddings",
+    "--proposals": "--rois",
+    "--rois": "--proposals",
+    "--correspondences": "--neighbors",
+    "--scores": "--metrics",
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command, flag in EACH_INPUT if flag in WRONG])
+def test_a_file_of_another_kind_is_one_sentence(command, flag, settings, inputs, tmp_path, capsys):
+    wrong = inputs[WRONG[flag]]
+    status, lines = run(*argv(command, settings, inputs, tmp_path / "new" / "out", **{flag: wrong}), capsys=capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"orl {command.split()[0]}: {wrong}: ")
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("pretrain --stage stage1", "--root"),
+        ("pretrain --stage stage1 --root {root}", "--manifest"),
+        ("pretrain --stage stage3 --root {root} --manifest {manifest}", "--proposals"),
+        ("evaluate voc07_svm --name x --backbone {backbone}", "downstream.voc07_svm.root"),
+    ],
+)
+def test_options_that_only_some_runs_need(line, sentence, settings, inputs, tmp_path, capsys):
+    words = [word.format(**{flag[2:]: path for flag, path in inputs.items()}) for word in line.split()]
+    status, lines = run(*words, "--settings", settings, "--output", tmp_path / "new" / "out", capsys=capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["embed", "rois", "propose", "pretrain --stage stage1"])
+@pytest.mark.parametrize("change", ["shorter", "gone", "damaged"])
+def test_an_error_in_a_worker_process_is_one_sentence(
+    command, change, settings, inputs, photos, manifest, tmp_path, capsys
+):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    path = root / str(manifest.path[7])
+    size = path.stat().st_size
+    path.unlink()
+    reason = "photo is gone"
+    if change != "gone":
+        path.write_bytes(bytes(size - (change == "shorter")))
+        reason = "photo changed since" if change == "shorter" else "not a JPEG, PNG or WebP image"
+    line = argv(command, settings, inputs, tmp_path / "new", **{"--root": root})
+    status, lines = run(*line[:-1], 2, capsys=capsys)
+    assert status == 2
+    assert lines[-1].startswith(f"orl {command.split()[0]}: {path}: {reason}")
+    assert not [entry for entry in files_below(tmp_path) if root not in entry.parents and entry.name != "lock"]
+
+
+# Other endings
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(settings, inputs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for output in (tmp_path / "folder", tmp_path / "file" / "x.h5"):
+        status, lines = run(*argv("neighbors", settings, inputs, output), capsys=capsys)
+        assert status == 1
+        assert len(lines) == 1
+        assert str(output.name) in lines[0] or str(output.parent) in lines[0]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (InputError("a.h5: is bad; make it again."), 2, "a.h5: is bad; make it again."),
+        (OSError(28, "No space left on device", "a.h5"), 1, "[Errno 28] No space left on device: 'a.h5'"),
+        (OSError(), 1, ""),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_exit_statuses(error, status, sentence, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_neighbors", fail)
+    found, lines = run("neighbors", "--embeddings", "e", "--output", "n", capsys=capsys)
+    assert found == status
+    assert len(lines) == (sentence is not None)
+    assert sentence is None or lines[0].startswith(f"orl neighbors: {sentence}")
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "1.5", "two", ""])
+def test_threads_are_counted_from_one(threads, capsys):
+    status, lines = run("neighbors", "--embeddings", "e", "--output", "n", "--threads", threads, capsys=capsys)
+    assert status == 2
+    assert "is not a whole number of at least 1" in lines[-1] or "expected one argument" in lines[-1]
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_settings_and_output(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    found = capsys.readouterr().out
+    assert f"orl {name}" in found
+    assert "--settings CONFIG" in found
+    assert "--output" in found
+
+
+def test_help_and_bad_settings_load_nothing_heavy():
+    """Else each takes seconds."""
+    heavy = {"torch", "torchvision", "faiss", "cv2", "snakemake", "sklearn", "pycocotools", "matplotlib", "scipy"}
+    code = f"""
+import sys
+from orl.cli import main
+for line in {[[name, "--help"] for name in NAMES]} + [["--help"], ["--version"], {["scenes", "--settings", "{", "--output", "x"]}]:
+    try:
+        main(line)
+    except SystemExit:
+        pass
+print(sorted({heavy} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert f"orl {__version__}" in done.stdout
+
+
+def test_as_module_and_as_script(tmp_path):
+    script = os.path.join(os.path.dirname(sys.executable), "orl")
+    for start in ([sys.executable, "-m", "orl"], [script]):
+        if not os.path.exists(start[0]):
+            pytest.skip("the package is not installed as a script here")
+        line = [*start, "neighbors", "--embeddings", "missing.h5", "--output", "n.h5"]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.splitlines() == ["orl neighbors: missing.h5: no such file; make it again."]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,389 @@
+import copy
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from orl import InputError, config
+from orl.config import Config, load, merge, parse, used, variant
+
+PROJECT = Path(__file__).parents[1]
+SHIPPED = sorted(path for path in (PROJECT / "config").glob("*.yaml"))
+
+
+def at(settings: Config, key: str):
+    found = settings
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def nested(key: str, value) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def sentence(raw, **options) -> str:
+    """The one sentence with which `raw` is refused."""
+    with pytest.raises(InputError) as caught:
+        parse(raw, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage1.method", "byol"),
+        ("stage1.network.backbone", "resnet50"),
+        ("stage1.network.hidden", 4096),
+        ("stage1.network.projection", 256),
+        ("stage1.views.size", 224),
+        ("stage1.views.scale", (0.08, 1)),
+        ("stage1.views.ratio", (3 / 4, 4 / 3)),
+        ("stage1.views.flip_p", 0.5),
+        ("stage1.views.jitter", (0.4, 0.4, 0.2, 0.1)),
+        ("stage1.views.jitter_p", 0.8),
+        ("stage1.views.grayscale_p", 0.2),
+        ("stage1.views.blur_radius", (0.1, 2.0)),
+        ("stage1.views.blur_p", (1.0, 0.1)),
+        ("stage1.views.solarize_p", (0.0, 0.2)),
+        ("stage1.optimizer.batch", 512),
+        ("stage1.optimizer.epochs", 800),
+        ("stage1.optimizer.lr", 0.4),
+        ("stage1.optimizer.warmup_epochs", 4),
+        ("stage1.optimizer.momentum", 0.9),
+        ("stage1.optimizer.weight_decay", 1e-4),
+        ("stage1.optimizer.ema", 0.99),
+        ("embeddings.resize", 256),
+        ("embeddings.crop", 224),
+        ("neighbors.k", 10),
+        ("proposals.min_size", 96),
+        ("proposals.max_aspect", 3),
+        ("proposals.max_iou", 0.5),
+        ("proposals.top_n", 100),
+        ("rois.size", 224),
+        ("correspondences.ratio", 0.1),
+        ("stage3.patch", 96),
+        ("stage3.jitter.attempts", 200),
+        ("stage3.jitter.scale", (0.5, 2)),
+        ("stage3.jitter.ratio", (0.5, 2)),
+        ("stage3.jitter.shift", 0.5),
+        ("stage3.jitter.min_iou", 0.5),
+        ("stage3.global_weight", 1),
+        ("stage3.intra_weight", 1),
+        ("stage3.inter_weight", 1),
+        ("downstream.voc07_svm.resize", 256),
+        ("downstream.voc07_svm.size", 224),
+        ("downstream.voc07_svm.folds", 3),
+        ("data.exif", "ignore"),
+    ],
+)
+def test_defaults_are_the_papers(key, value):
+    assert at(parse({}), key) == value
+
+
+def test_default_costs_and_stage_3_defaults_are_the_papers():
+    settings = parse({})
+    assert set(settings.downstream.voc07_svm.costs) == {1, 10, 100} | {0.5**i for i in range(4, 20)}
+    for section in ("network", "views", "optimizer"):
+        assert at(settings.stage3, section) == at(settings.stage1, section)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("sed", "seed"),
+        ("stage1.optimiser", "stage1.optimizer"),
+        ("stage1.optimizer.epoch", "stage1.optimizer.epochs"),
+        ("stage3.network.hiden", "stage3.network.hidden"),
+        ("stage3.jitter.atempts", "stage3.jitter.attempts"),
+        ("data.scenes.trian", "data.scenes.train"),
+        ("downstream.voc07_svm.cost", "downstream.voc07_svm.costs"),
+        ("compute.thread", "compute.threads"),
+    ],
+)
+def test_unknown_keys_are_named_with_the_nearest_known_one(key, nearest):
+    assert sentence(nested(key, 1)) == f"settings: unknown key {key!r}; did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        # wrong types
+        ("seed", "3"),
+        ("seed", True),
+        ("seed", 1.5),
+        ("seed", None),
+        ("name", 5),
+        ("data.root", 5),
+        ("data.root", []),
+        ("data.folders", "train2017"),
+        ("stage1", 3),
+        ("stage1", None),
+        ("stage1.optimizer.lr", "0.1"),
+        ("stage1.optimizer.lr", True),
+        ("stage1.views.scale", 0.5),
+        ("stage1.views.scale", [0.5]),
+        ("stage1.views.scale", [0.1, 0.5, 1]),
+        ("stage3.patch", "96"),
+        ("variants.long", 5),
+        # out of bounds
+        ("seed", -1),
+        ("seed", 2**31),
+        ("name", "a/b"),
+        ("name", "-a"),
+        ("name", ""),
+        ("data.layout", "imagenet"),
+        ("stage1.method", "simclr"),
+        ("stage1.network.backbone", "resnet34"),
+        ("stage1.network.hidden", 0),
+        ("stage1.views.flip_p", 1.1),
+        ("stage1.views.scale", [0.5, 0.1]),
+        ("stage1.views.scale", [0, 1]),
+        ("stage1.views.jitter", [0.4, 0.4, 0.4, 0.6]),
+        ("stage1.views.jitter", [-0.4, 0.4, 0.4, 0.1]),
+        ("stage1.optimizer.batch", 1),
+        ("stage1.optimizer.epochs", 0),
+        ("stage1.optimizer.lr", 0),
+        ("stage1.optimizer.momentum", 1),
+        ("stage1.optimizer.ema", 1.01),
+        ("stage1.optimizer.weight_decay", -1e-4),
+        ("embeddings.crop", 300),  # larger than resize
+        ("proposals.max_aspect", 0.9),
+        ("proposals.top_n", 2**16),  # RoI numbers are uint16
+        ("neighbors.k", 0),
+        ("correspondences.ratio", 0),
+        ("correspondences.ratio", 1.1),
+        ("stage3", {"global_weight": 0, "intra_weight": 0, "inter_weight": 0}),
+        ("downstream.voc07_svm.costs", []),
+        ("downstream.voc07_svm.costs", [0.1, -1]),
+        ("compute.threads", 0),
+        ("variants", {"a-b": {}}),  # the folder of variant b of another stage would look the same
+    ],
+)
+def test_wrong_values_are_refused_by_key(key, value):
+    found = sentence(nested(key, value), source="my.yaml")
+    assert found.startswith(f"my.yaml: {key.rpartition('.')[0] or key}")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+@pytest.mark.parametrize("key", ["stage1.optimizer.lr", "stage1.optimizer.weight_decay", "stage3.inter_weight"])
+def test_numbers_are_finite(key, value):
+    """An infinite setting would also not survive the JSON that Snakemake hands to the commands."""
+    assert key in sentence(nested(key, value))
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 3])
+def test_settings_are_a_mapping(raw):
+    assert "must be a mapping" in sentence(raw)
+
+
+def test_a_key_with_a_line_break_is_still_one_sentence():
+    sentence({"variants": {"a\nb": {}}})
+
+
+# Stage 3 from stage 1
+
+
+def test_stage_3_takes_what_it_does_not_give_from_stage_1():
+    raw = {
+        "stage1": {
+            "network": {"backbone": "resnet18", "hidden": 64},
+            "views": {"size": 48},
+            "optimizer": {"epochs": 7, "lr": 0.1},
+        },
+        "stage3": {"network": {"hidden": 32}, "optimizer": {"epochs": 9}},
+    }
+    before = copy.deepcopy(raw)
+    stage1, stage3 = parse(raw).stage1, parse(raw).stage3
+    assert (stage3.network.backbone, stage3.network.hidden) == ("resnet18", 32)
+    assert stage3.views == stage1.views
+    assert (stage3.optimizer.epochs, stage3.optimizer.lr, stage3.optimizer.batch) == (9, 0.1, 512)
+    assert (stage1.network.hidden, stage1.optimizer.epochs) == (64, 7)
+    assert raw == before
+
+
+def test_merge_keeps_both_mappings():
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": 2}
+    change = {"a": {"c": [3], "e": {"f": 1}}, "g": 0}
+    assert merge(base, change) == {"a": {"b": 1, "c": [3], "e": {"f": 1}}, "d": 2, "g": 0}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 2}
+
+
+# Variants
+
+
+def test_a_variant_is_the_run_with_its_settings_laid_over():
+    raw = {"neighbors": {"k": 5}, "variants": {"long": {"stage1": {"optimizer": {"epochs": 9}}}, "same": {}}}
+    long = variant(raw, "long")
+    assert (long.neighbors.k, long.stage1.optimizer.epochs, long.stage3.optimizer.epochs) == (5, 9, 9)
+    assert long.variants == {}
+    assert variant(raw, None) == variant(raw, "same") == parse({"neighbors": {"k": 5}})
+
+
+@pytest.mark.parametrize("key", ["name", "data", "compute", "variants"])
+def test_what_is_fixed_for_all_variants_is_refused_in_one(key):
+    with pytest.raises(InputError, match=f"variants.odd: '{key}' is the same for all variants"):
+        variant({"variants": {"odd": {key: {}}}}, "odd")
+
+
+def test_errors_in_a_variant_name_it():
+    raw = {"variants": {"odd": {"stage1": {"optimizer": {"epohcs": 1}}}}}
+    with pytest.raises(InputError, match=r"variant odd: unknown key 'stage1.optimizer.epohcs'.*epochs'\?"):
+        variant(raw, "odd")
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"seed": 5, "stage1": {"optimizer": {"weight_decay": 0.00001}}}',
+        json.dumps({"seed": 5, "stage1": {"optimizer": {"weight_decay": 1e-5}}}),  # 1e-05
+        '{\n\t"seed": 5,\n\t"stage1": {"optimizer": {"weight_decay": 1e-5}}\n}',
+        "{seed: 5, stage1: {optimizer: {weight_decay: 1.0e-5}}}",
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_settings_come_from_text_or_file(text, in_file, tmp_path):
+    """JSON text in particular: Snakemake writes a small number as 1e-05, which is text to YAML 1.1."""
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    found = load(str(path) if in_file else text)
+    assert (found.seed, found.stage1.optimizer.weight_decay) == (5, 1e-5)
+
+
+def test_yaml_files(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# nothing but a comment\n")
+    assert load(str(path)) == parse({})
+    path.write_text("name: é\n", encoding="utf-8")
+    with pytest.raises(InputError, match="name: string should match"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"seed: [1", "is neither YAML nor JSON"),
+        (b"seed: 1\n seed: 2", "is neither YAML nor JSON"),
+        (b"\xff\xfe\x00", "is neither YAML nor JSON"),
+        (b"- seed\n- name\n", "must be a mapping of settings, not list"),
+        (b"just text", "must be a mapping of settings, not str"),
+        (b"data: {root: 2024-01-01}", ""),  # a date
+        (b"data: &x {root: *x}", ""),  # a mapping inside itself
+        (b"1: 2", "unknown key '1'"),
+    ],
+)
+def test_broken_files_are_named(content, reason, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load(str(path))
+    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ".", ""])
+def test_files_that_cannot_be_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read the settings \(.*\); name a config file"):
+        load(name)
+
+
+@pytest.mark.parametrize("text", ["{", '{"seed": 1', '{"seed": 1} {', "{seed"])
+def test_broken_text_is_one_sentence(text):
+    with pytest.raises(InputError, match=r"^--settings: is neither YAML nor JSON"):
+        load(text)
+
+
+# What a stage depends on
+
+
+@pytest.mark.parametrize("stage", config.USES)
+def test_used_holds_exactly_what_it_says(stage):
+    settings = parse({})
+    whole = settings.model_dump(mode="json")
+    expected = {"version": config.RESULT_VERSION[stage]}
+    for dotted in config.USES[stage]:
+        value = whole
+        for part in dotted.split("."):
+            value = value[part]
+        expected = merge(expected, nested(dotted, value))
+    assert used(settings, stage) == expected
+    assert "compute" not in expected
+    assert "name" not in expected
+
+
+def test_used_of_a_stage_written_out():
+    assert used(parse({"seed": 4, "neighbors": {"k": 3}}), "neighbors") == {"version": 1, "neighbors": {"k": 3}}
+    assert used(parse({"seed": 4}), "random") == {
+        "version": 1,
+        "seed": 4,
+        "stage1": {"network": {"backbone": "resnet50", "hidden": 4096, "projection": 256}},
+    }
+
+
+@pytest.mark.parametrize("stage", config.USES)
+def test_compute_and_name_and_other_stages_change_nothing(stage):
+    other = {"name": "other", "compute": {"threads": 1, "gpus": 7, "checkpoint_minutes": 1, "log_every": 1}}
+    assert used(parse(other), stage) == used(parse({}), stage)
+
+
+@pytest.mark.parametrize("stage", config.USES)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_stage_given_only_what_it_uses_is_the_same(stage, path):
+    """What the rules do: settings go to a command as the JSON of what its stage uses."""
+    wanted = used(load(str(path)), stage)
+    text = json.dumps({key: value for key, value in wanted.items() if key != "version"})
+    assert used(load(text), stage) == wanted
+
+
+# Files
+
+
+def test_generated_files_are_current():
+    """If not: python -m orl.config"""
+    generated = config.write_generated(PROJECT)
+    assert {path.relative_to(PROJECT).as_posix() for path in generated} == {
+        "config/README.md",
+        "workflow/schemas/config.schema.yaml",
+    }
+    for path, text in generated.items():
+        assert path.read_text() == text
+
+
+def test_every_key_is_described():
+    lines = config.table().splitlines()
+    assert len(lines) > 60
+    for line in lines:
+        key, kind, default, what = (cell.strip() for cell in line.strip("|").split("|"))
+        assert kind
+        assert default
+        assert what not in ("", "None"), key
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path):
+    raw = yaml.safe_load(path.read_text())
+    assert parse(raw, path.name).name == raw["name"]
+    for name in raw.get("variants", {}):
+        variant(raw, name)
+    jsonschema.validate(raw, config.schema())
+
+
+@pytest.mark.parametrize("raw", [{"sed": 1}, {"seed": "3"}, {"stage1": {"views": {"size": 4}}}, {"variants": 1}])
+def test_the_schema_refuses_too(raw):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(raw, config.schema())
