@@ -50,14 +50,14 @@ def recall(root: Path, scenes: int) -> str:
         seconds += time.perf_counter() - started
         kept = filter_boxes(raw, min_size=MIN_SIZE)
         counts.append((len(raw), len(kept)))
-        for box in truth:
-            if min(box[2:]) >= MIN_SIZE:
-                found.append((bool(iou(box, raw).max() >= 0.5), bool(iou(box, kept).max() >= 0.5)))
+        large = [box for box in truth if min(box[2:]) >= MIN_SIZE]
+        found += [(iou(box, raw).max() >= 0.5, iou(box, kept).max() >= 0.5) for box in large]
     of_raw, of_kept = np.mean(found, axis=0)
     raws, keeps = np.mean(counts, axis=0)
     return (
-        f"selective search: recall {of_raw:.3f} by all {raws:.0f} boxes of a scene, {of_kept:.3f} by the {keeps:.1f} "
-        f"kept ones (target 0.8); {len(found)} objects of {MIN_SIZE} px or more, {seconds / len(counts):.2f} s per scene"
+        f"selective search: recall {of_raw:.3f} by all {raws:.0f} boxes of a scene, {of_kept:.3f} by the "
+        f"{keeps:.1f} kept ones (target 0.8); {len(found)} objects of {MIN_SIZE} px or more, "
+        f"{seconds / len(counts):.2f} s per scene"
     )
 
 

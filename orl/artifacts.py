@@ -95,7 +95,7 @@ def _explained(path: str | os.PathLike, remedy: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {remedy}.") from None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
         detail = " ".join(str(error).split())
@@ -139,6 +139,8 @@ def _read(path: str | os.PathLike, schema: str, names: tuple[str, ...]) -> list[
         _check_schema(path, file.attrs.get("schema"), schema)
         for name in names:
             dataset = file[name]
+            if not isinstance(dataset, h5py.Dataset) or dataset.chunks or dataset.is_virtual or dataset.external:
+                raise ValueError(f"{name} is not stored in one piece")
             offset = dataset.id.get_offset()
             if dataset.size == 0:
                 arrays.append(np.empty(dataset.shape, dataset.dtype))

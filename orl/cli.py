@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def _report(args: argparse.Namespace, config: Config) -> None:
 def _given(args: argparse.Namespace, name: str) -> str:
     value = getattr(args, name)
     if value is None:
-        raise InputError(f"orl {args.command} --stage {args.stage} needs --{name}; name it.")
+        raise InputError(f"--stage {args.stage} needs --{name}; name it.")
     return value
 
 
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args, load(args.settings))
     except (InputError, OSError) as error:
         # A worker process's error arrives with its traceback in the message; the sentence is the last line.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("orl.InputError: ")
+        sentence = re.sub(r"^orl\.[\w.]*Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
         print(f"orl {args.command}: {sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

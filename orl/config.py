@@ -33,7 +33,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 class Section(BaseModel):
     """A part of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Scenes(Section):
@@ -362,9 +362,16 @@ def parse(raw: Any, source: str = "settings") -> Config:
     try:
         # JSON mode, strict: arrays become tuples, but neither "3" nor true is a number.
         return Config.model_validate_json(json.dumps(raw), strict=True)
-    except (ValidationError, TypeError) as error:
+    except (TypeError, ValueError) as error:  # the others: a date, a mapping inside itself
         sentence = _sentence(error, source) if isinstance(error, ValidationError) else f"{source}: {error}."
-        raise InputError(sentence) from None
+        raise InputError(" ".join(sentence.split())) from None
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)  # first: YAML 1.1 refuses tabs and takes 1e-05 for text
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def load(text: str) -> Config:
@@ -372,7 +379,7 @@ def load(text: str) -> Config:
     is_text = text.lstrip().startswith("{")
     source = "--settings" if is_text else text
     try:
-        raw = yaml.safe_load(text if is_text else Path(text).read_text())
+        raw = _plain(text if is_text else Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{text}: cannot read the settings ({error.strerror}); name a config file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -103,10 +103,7 @@ def failing_writes(path):
     yield pytest.raises(OSError, match="full"), hdf5
     yield pytest.raises(ValueError, match="JSON"), lambda: artifacts.write_json(path, {"mAP": float("nan")})
     yield pytest.raises(csv.Error), lambda: artifacts.write_csv(path, ("a",), [("1",), None])
-    yield (
-        pytest.raises(Exception, match="string"),
-        lambda: artifacts.write_weights(path, {"a": torch.ones(1)}, {"a": 1}),
-    )
+    yield pytest.raises(TypeError), lambda: artifacts.write_weights(path, {"a": torch.ones(1)}, {"a": {1}})
 
 
 def test_no_writer_leaves_half_a_file(tmp_path):
@@ -327,7 +324,7 @@ def test_weights_of_others(tmp_path):
     refusal(path, artifacts.read_weights)  # missing
     save_file({"w": torch.ones(2)}, path)
     assert "no schema" in refusal(path, artifacts.read_weights)
-    save_file({"w": torch.ones(2)}, path, metadata={"schema": "orl.model/0"})
+    artifacts.write_weights(path, {"w": torch.ones(2)}, artifacts.stamp("orl.model/0", {}, {}))
     assert artifacts.MODEL in refusal(path, artifacts.read_weights)
     path.write_text("text")
     refusal(path, artifacts.read_weights)

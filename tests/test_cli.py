@@ -305,10 +305,12 @@ def test_help_names_settings_and_output(name, capsys):
 def test_help_and_bad_settings_load_nothing_heavy():
     """Else each takes seconds."""
     heavy = {"torch", "torchvision", "faiss", "cv2", "snakemake", "sklearn", "pycocotools", "matplotlib", "scipy"}
+    lines = [*([name, "--help"] for name in NAMES), ["--help"], ["--version"]]
+    lines.append(["scenes", "--settings", "{", "--output", "x"])
     code = f"""
 import sys
 from orl.cli import main
-for line in {[[name, "--help"] for name in NAMES]} + [["--help"], ["--version"], {["scenes", "--settings", "{", "--output", "x"]}]:
+for line in {lines}:
     try:
         main(line)
     except SystemExit:

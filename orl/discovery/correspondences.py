@@ -13,12 +13,16 @@ def top_pairs(query: np.ndarray, key: np.ndarray, ratio: float = 0.1) -> tuple[n
     `query` [n, D] and `key` [m, D]: unit rows. Returns query_index, key_index (int64 [p]) and similarity
     (float32 [p]): cosines, best first, ties by lower flat index (query_index * m + key_index).
     """
-    similarity = (np.asarray(query, np.float32) @ np.asarray(key, np.float32).T).ravel()
+    query, key = np.asarray(query, np.float32), np.asarray(key, np.float32)
+    similarity = (query @ key.T).ravel()
     count = max(1, int(ratio * len(query)))
-    cut = np.partition(similarity, -count)[-count]
+    # A matrix product rounds equal rows differently from place to place: candidates are computed anew, one by one.
+    cut = np.partition(similarity, -count)[-count] - 1e-5
     candidates = np.flatnonzero(similarity >= cut)
-    best = candidates[np.argsort(-similarity[candidates], kind="stable")[:count]]
-    return best // len(key), best % len(key), similarity[best]
+    here, there = candidates // len(key), candidates % len(key)
+    exact = (query[here] * key[there]).sum(1, dtype=np.float64).astype(np.float32)
+    best = np.argsort(-exact, kind="stable")[:count]
+    return here[best], there[best], exact[best]
 
 
 def correspond(
@@ -33,6 +37,7 @@ def correspond(
     artifacts.check_rows(rois_path, len(feature), len(found.box), proposals_path)
     named = (("neighbors", neighbors_path), ("proposals", proposals_path), ("rois", rois_path))
     inputs = {name: artifacts.fingerprint(path) for name, path in named}
+    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
     artifacts.check_input(rois_path, "proposals", inputs["proposals"])
 
     offsets, ratio = found.box_offsets, config.correspondences.ratio

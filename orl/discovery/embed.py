@@ -41,7 +41,8 @@ def embed(config: Config, root: str, manifest_path: str, model_path: str, output
     model = load_encoder(model_path).to(device)
     inputs = {name: artifacts.fingerprint(path) for name, path in (("manifest", manifest_path), ("model", model_path))}
     photos = DataLoader(_Photos(config, root, manifest), BATCH, num_workers=workers)
-    with artifacts.create(output, artifacts.EMBEDDINGS, used(config, "embeddings"), inputs) as file:
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, artifacts.create(output, artifacts.EMBEDDINGS, used(config, "embeddings"), inputs) as file:
         rows = file.create_dataset("embedding", (len(manifest), model.projector[-1].out_features), np.float32)
         start = 0
         for batch in track(photos, len(photos), "embeddings, batches"):

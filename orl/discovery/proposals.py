@@ -4,12 +4,13 @@ import ctypes
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import cv2
 import numpy as np
 
-from orl import artifacts
+from orl import InputError, artifacts
 from orl.config import Config, used
 from orl.data.manifest import load
 from orl.data.views import iou
@@ -27,7 +28,9 @@ def filter_boxes(
     """
     boxes = np.asarray(boxes).reshape(-1, 4)
     w, h = boxes[:, 2].astype(np.int64), boxes[:, 3].astype(np.int64)
-    passed = boxes[(w >= max(1, min_size)) & (h >= max(1, min_size)) & (w <= max_aspect * h) & (h <= max_aspect * w)]
+    large = (w >= max(1, min_size)) & (h >= max(1, min_size))
+    passed, w, h = boxes[large], w[large], h[large]
+    passed = passed[(w / h <= max_aspect) & (h / w <= max_aspect)]
     kept: list[np.ndarray] = []
     while len(passed) and len(kept) < top_n:
         kept.append(passed[0])
@@ -89,8 +92,11 @@ def propose(config: Config, root: str, manifest_path: str, output: str, workers:
         if workers == 1:
             yield from map(one, range(len(manifest)))
             return
-        with ProcessPoolExecutor(workers, get_context("fork"), _start, (one,)) as pool:
-            yield from pool.map(_call, range(len(manifest)), chunksize=4)
+        try:
+            with ProcessPoolExecutor(workers, get_context("fork"), _start, (one,)) as pool:
+                yield from pool.map(_call, range(len(manifest)), chunksize=4)
+        except BrokenProcessPool:
+            raise InputError(f"{root}: a worker process died, likely out of memory; use fewer workers.") from None
 
     boxes = list(track(kept(), len(manifest), "proposals"))
     flat = np.concatenate(boxes)

@@ -56,6 +56,10 @@ def rois(
     """Write rois.h5: pooled backbone features of every proposal, unit rows, float16. Raises InputError."""
     manifest, found = artifacts.read_manifest(manifest_path), artifacts.read_proposals(proposals_path)
     artifacts.check_rows(proposals_path, len(found.box_offsets) - 1, len(manifest), manifest_path)
+    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
+    sizes = np.repeat(np.stack([manifest.width, manifest.height], 1), np.diff(found.box_offsets), axis=0)
+    if not (found.box[:, :2] + found.box[:, 2:].astype(np.int64) <= sizes).all():
+        raise InputError(f"{proposals_path}: holds boxes outside their photos; make it again.")
     device = backbones.device()
     model = backbones.load(backbone_path).to(device)
     named = (("manifest", manifest_path), ("proposals", proposals_path), ("backbone", backbone_path))
@@ -63,7 +67,8 @@ def rois(
     count = len(found.box)
     print(f"rois: {count} RoIs, {count * model.features * 2 / 1e9:.2f} GB on disk", file=sys.stderr)
     crops = DataLoader(_Crops(config, root, manifest, found), batch_size=None, num_workers=workers)
-    with artifacts.create(output, artifacts.ROIS, used(config, "rois"), inputs) as file:
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, artifacts.create(output, artifacts.ROIS, used(config, "rois"), inputs) as file:
         rows = file.create_dataset("feature", (count, model.features), np.float16)
         start = 0
         for batch in track(crops, -(-count // BATCH), "rois, batches"):

@@ -5,9 +5,10 @@ import os
 from collections.abc import Mapping
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from orl import artifacts
+from orl import InputError, artifacts
 from orl.config import Network
 from orl.networks.backbones import backbone, described, fill, initialize
 from orl.networks.heads import mlp
@@ -52,7 +53,11 @@ def save(path: str | os.PathLike, network: Network, model: Pair, attrs: Mapping[
 def load_encoder(path: str | os.PathLike) -> Encoder:
     """The online encoder of a model.safetensors, in eval mode on the CPU. Raises InputError."""
     tensors = artifacts.read_weights(path)
-    model = Encoder(Network.model_validate_json(described(path, "network")))
+    try:
+        network = Network.model_validate_json(described(path, "network"))
+    except ValidationError:
+        raise InputError(f"{path}: its network is none that this version knows; make it with `orl pretrain`.") from None
+    model = Encoder(network)
     online = {key.removeprefix("online."): value for key, value in tensors.items() if key.startswith("online.")}
     fill(model, online, path)
     return model.eval()

@@ -87,6 +87,7 @@ def train(
         correspondences = artifacts.read_correspondences(correspondences_path)
         artifacts.check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), manifest_path)
         artifacts.check_rows(correspondences_path, len(correspondences.neighbor), len(manifest), manifest_path)
+        artifacts.check_input(proposals_path, "manifest", inputs["manifest"])
         artifacts.check_input(correspondences_path, "proposals", inputs["proposals"])
         dataset = ObjectViews(root, manifest, config.data.exif, settings, config.seed, proposals, correspondences)
     else:
@@ -203,7 +204,7 @@ class _Run:
     def loop(self, state: State, checkpoint_seconds: float, log_every: int) -> None:
         """Train to the end; saves on a clock, at epoch ends and on SIGTERM."""
         stop = []
-        previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
         # On the CPU the network needs the cores; one worker fetches ahead.
         workers = max(1, self.threads - 1) if self.device.type == "cuda" else min(1, self.threads - 1)
         batches = Batches(len(self.dataset.manifest), self.schedule.batch, self.schedule.epochs, self.seed, self.step)
@@ -224,8 +225,7 @@ class _Run:
                 last_save = time.monotonic()
             if stop:
                 print(f"{self.stage}: stopped at step {self.step}; run again to go on", file=sys.stderr)
-                sys.exit(143)
-        signal.signal(signal.SIGTERM, previous)
+                sys.exit(128 + signal.SIGTERM)
 
     def log(self, seconds: float, steps: int) -> None:
         done = self.step % self.steps_per_epoch

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from orl.artifacts import Correspondences, Manifest, Proposals
 from orl.config import Stage1, Stage3
-from orl.data.decode import resize_crop
+from orl.data.decode import Exif, resize_crop
 from orl.data.manifest import load
 from orl.data.views import Box, jitter_box, random_resized_crop, rng
 from orl.pretrain.augment import draw
@@ -41,7 +41,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
 class ImageViews(Dataset):
     """Stage 1: two crops of a photo, uint8 [S, S, 3] each, and augmentation parameters float32 [2, columns]."""
 
-    def __init__(self, root: str, manifest: Manifest, exif: str, settings: Stage1 | Stage3, seed: int) -> None:
+    def __init__(self, root: str, manifest: Manifest, exif: Exif, settings: Stage1 | Stage3, seed: int) -> None:
         self.root, self.manifest, self.exif = root, manifest, exif
         self.settings, self.seed = settings, seed
 
@@ -73,7 +73,7 @@ class ObjectViews(ImageViews):
         self,
         root: str,
         manifest: Manifest,
-        exif: str,
+        exif: Exif,
         settings: Stage3,
         seed: int,
         proposals: Proposals,

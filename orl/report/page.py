@@ -116,6 +116,7 @@ def report(
     queries = rng.choice(len(manifest), min(QUERIES, len(manifest)), replace=False)
     sampled = np.sort(rng.choice(len(manifest), min(SAMPLE, len(manifest)), replace=False))
     entries, similarity = _pair_similarities(pairs, sampled)
+    tasks = _tasks(scores_paths)
     context = {
         "run_name": run_name,
         "version": __version__,
@@ -123,7 +124,7 @@ def report(
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
         "rejected_count": len(rejected),
-        "tasks": _tasks(scores_paths),
+        "tasks": tasks,
         "curves": _curves(metrics_paths),
         "queries": _gallery(queries, neighbors, manifest, photo),
         "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
@@ -134,7 +135,7 @@ def report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
-    for task in context["tasks"]:
+    for task in tasks:
         for model, score, change, chance in task.rows:
             print(f"{task.title}: {model}: mAP {score.text} ({change or 'no change'} against stage1, chance {chance})")
     print(f"page: {output}")

@@ -9,6 +9,7 @@ from PIL import Image
 from orl import InputError, artifacts
 from orl.discovery import embed as module
 from orl.discovery.embed import embed
+from orl.networks.backbones import ResNet
 from orl.networks.ema import load_encoder
 
 
@@ -57,6 +58,17 @@ def test_batches_do_not_matter(embeddings_path, inputs, tiny, tmp_path, workers,
     embed(tiny, *inputs, str(tmp_path / "again.h5"), workers)
     found = artifacts.read_embeddings(tmp_path / "again.h5").embedding
     np.testing.assert_allclose(found, artifacts.read_embeddings(embeddings_path).embedding, atol=1e-5)
+
+
+def test_convolutions_are_float32_on_every_device(inputs, tiny, tmp_path, monkeypatch):
+    """On a GPU cuDNN rounds to TF32, 10 bits, unless told not to."""
+    allowed = []
+    forward = ResNet.forward
+    monkeypatch.setattr(
+        ResNet, "forward", lambda self, x: allowed.append(torch.backends.cudnn.allow_tf32) or forward(self, x)
+    )
+    embed(tiny, *inputs, str(tmp_path / "again.h5"))
+    assert set(allowed) == {False}
 
 
 def test_the_file_says_what_it_was_made_from(embeddings_path, inputs):

@@ -10,6 +10,7 @@ from orl import InputError, artifacts
 from orl.discovery import rois as module
 from orl.discovery.rois import rois
 from orl.networks import backbones
+from orl.networks.backbones import ResNet
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,17 @@ def test_batches_may_end_within_a_photo(rois_path, inputs, tiny, tmp_path, worke
     rois(tiny, *inputs, str(tmp_path / "again.h5"), workers)
     found, expected = artifacts.read_rois(tmp_path / "again.h5").feature, artifacts.read_rois(rois_path).feature
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=1e-3)
+
+
+def test_convolutions_are_float32_on_every_device(inputs, tiny, tmp_path, monkeypatch):
+    """On a GPU cuDNN rounds to TF32, 10 bits, unless told not to."""
+    allowed = []
+    forward = ResNet.forward
+    monkeypatch.setattr(
+        ResNet, "forward", lambda self, x: allowed.append(torch.backends.cudnn.allow_tf32) or forward(self, x)
+    )
+    rois(tiny, *inputs, str(tmp_path / "again.h5"))
+    assert set(allowed) == {False}
 
 
 def test_the_file_says_what_it_was_made_from(rois_path, inputs):

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from orl import InputError
-from orl import artifacts, config as settings
+from orl import config as settings
 
 
 def stop(sentence):
@@ -172,6 +172,8 @@ wildcard_constraints:
 
 
 onstart:
+    from orl import artifacts
+
     HELD.update(
         {
             place(stage, owner(stage, v)): digest(stage, v)
