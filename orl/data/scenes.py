@@ -99,6 +99,11 @@ def _noise(rng: np.random.Generator, height: int, width: int, rows: float, colum
 
 
 def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Floats:
+    """A random colour, RGB float32 [3] in 0..1.
+
+    All colours here are muted: where they are vivid, two crops of a scene are told to belong together by colour
+    alone, and pre-training on so few scenes learns little else.
+    """
     hsv = np.array([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]], np.float32)
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0], np.float32)
 
@@ -113,7 +118,7 @@ def _background(rng: np.random.Generator, family: str, height: int, width: int) 
         field += weight * _noise(rng, height, width, cell * flat, cell * long)
     if family == "blotch":
         field = np.tanh(4 * field) * 0.8 + 0.1 * field
-    wall, floor = (_colour(rng, (0.05, 0.55), (0.3, 0.85)) for _ in range(2))
+    wall, floor = (_colour(rng, (0.01, 0.14), (0.35, 0.75)) for _ in range(2))
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
     horizon = height * rng.uniform(0.25, 0.75) + rng.normal(0, 0.1) * (xs - width / 2)
     below = np.clip((ys - horizon) / rng.uniform(1, 6) + 0.5, 0, 1)[..., None] * (rng.random() < 0.6)
@@ -165,7 +170,7 @@ def _texture(rng: np.random.Generator, texture: str, ys: Floats, xs: Floats, sid
 def _tones(rng: np.random.Generator, behind: Floats) -> tuple[Floats, Floats]:
     """A light and a dark tone of one random hue, in random order, not camouflaged before the colour `behind`."""
     for _ in range(6):
-        first = _colour(rng, (0.1, 0.75), (0.4, 0.95))
+        first = _colour(rng, (0.04, 0.3), (0.4, 0.95))
         gain = rng.uniform(0.25, 0.45) if first.mean() > 0.45 else rng.uniform(2.0, 2.8)
         second = np.clip(first * np.float32(gain) + np.float32(0.05), 0, 1)
         if np.abs((first + second) / 2 - behind).max() > 0.18:
