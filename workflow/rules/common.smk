@@ -1,7 +1,7 @@
 # The checked config, where each stage's files lie, and the final outputs.
 import hashlib
 import json
-import os
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -60,12 +60,12 @@ MODELS = ("random", "stage1", "stage3")
 for task in ("voc07_svm",):
     for model in MODELS:
         UPSTREAM[f"{task} {model}"] = (model,)
-        PATHS[f"{task} {model}"] = (
-            PATHS[model].replace("models", "downstream") + f"/{task}.json"
+        PATHS[f"{task} {model}"] = f"{PATHS[model]}/{task}.json".replace(
+            "models", "downstream"
         )
 
 # Rules run `orl`: the one installed beside this Python, activated or not.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+shell.prefix(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
 
 LEDGER = Path(RESULTS, "variants.json")
 try:
@@ -105,9 +105,15 @@ def found(stage, variant=None):
     return f"{RESULTS}/{place(stage, owner(stage, variant))}"
 
 
-def of(stage, file=""):
-    """Input function of a rule with wildcard {v}: where the stage of that variant lies."""
-    return lambda wildcards: found(stage, wildcards.v[1:] or None) + file
+def of(stage, *file):
+    """Input function: where the stage lies for the variant of wildcard v, or a file in its folder."""
+    return lambda wildcards: "/".join([found(stage, wildcards.v[1:] or None), *file])
+
+
+def evaluated(wildcards):
+    """The backbone that a result is of, wherever its variant's model lies."""
+    stage = {"random": "random", "stage1": "stage1", "orl": "stage3"}[wildcards.model]
+    return of(stage, "backbone.safetensors")(wildcards)
 
 
 def decides(stage):

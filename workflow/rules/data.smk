@@ -34,7 +34,7 @@ rule manifest:
     params:
         settings=decides("manifest"),
         version=settings.RESULT_VERSION["manifest"],
-        root=ROOT,
+        root=lambda _: ROOT,
     shell:
         "orl manifest --settings {params.settings:q} --root {params.root:q} --output {output.manifest:q} "
         "--rejected {output.rejected:q} --threads {threads} 2>&1 | tee {log:q}"

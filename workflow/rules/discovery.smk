@@ -1,7 +1,7 @@
 rule embed:
     input:
         manifest=of("manifest"),
-        model=of("stage1", "/model.safetensors"),
+        model=of("stage1", "model.safetensors"),
     output:
         f"{RESULTS}/discovery{{v}}/embeddings.h5",
     log:
@@ -61,7 +61,7 @@ rule rois:
     input:
         manifest=of("manifest"),
         proposals=of("proposals"),
-        backbone=of("stage1", "/backbone.safetensors"),
+        backbone=of("stage1", "backbone.safetensors"),
     output:
         f"{RESULTS}/discovery{{v}}/rois.h5",
     log:

@@ -1,9 +1,3 @@
-def evaluated(wildcards):
-    """The backbone that a result is of: its settings' own, wherever that lies."""
-    stage = {"random": "random", "stage1": "stage1", "orl": "stage3"}[wildcards.model]
-    return found(stage, wildcards.v[1:] or None) + "/backbone.safetensors"
-
-
 rule voc07_svm:
     input:
         backbone=evaluated,

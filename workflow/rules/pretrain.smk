@@ -1,30 +1,24 @@
 # The folder models/MODEL/state, which is not declared, holds the checkpoints: Snakemake deletes a failed job's outputs.
 rule random:
     output:
-        multiext(
-            f"{RESULTS}/models/random{{v}}/",
-            "backbone.safetensors",
-            "model.safetensors",
-        ),
+        backbone=f"{RESULTS}/models/random{{v}}/backbone.safetensors",
+        model=f"{RESULTS}/models/random{{v}}/model.safetensors",
     log:
         f"{RESULTS}/logs/random{{v}}.log",
     params:
         settings=decides("random"),
         version=settings.RESULT_VERSION["random"],
     shell:
-        "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output[0]:q}) 2>&1 | tee {log:q}"
+        "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output.backbone:q}) 2>&1 | tee {log:q}"
 
 
 rule stage1:
     input:
         manifest=of("manifest"),
     output:
-        multiext(
-            f"{RESULTS}/models/stage1{{v}}/",
-            "backbone.safetensors",
-            "model.safetensors",
-            "metrics.csv",
-        ),
+        backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
+        model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
+        metrics=f"{RESULTS}/models/stage1{{v}}/metrics.csv",
     log:
         f"{RESULTS}/logs/stage1{{v}}.log",
     benchmark:
@@ -40,7 +34,7 @@ rule stage1:
         root=ROOT,
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} --root {params.root:q} "
-        "--manifest {input.manifest:q} --output $(dirname {output[0]:q}) --threads {threads} "
+        "--manifest {input.manifest:q} --output $(dirname {output.backbone:q}) --threads {threads} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 
 
@@ -50,12 +44,9 @@ rule stage3:
         proposals=of("proposals"),
         correspondences=of("correspondences"),
     output:
-        multiext(
-            f"{RESULTS}/models/orl{{v}}/",
-            "backbone.safetensors",
-            "model.safetensors",
-            "metrics.csv",
-        ),
+        backbone=f"{RESULTS}/models/orl{{v}}/backbone.safetensors",
+        model=f"{RESULTS}/models/orl{{v}}/model.safetensors",
+        metrics=f"{RESULTS}/models/orl{{v}}/metrics.csv",
     log:
         f"{RESULTS}/logs/orl{{v}}.log",
     benchmark:
@@ -72,5 +63,5 @@ rule stage3:
     shell:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
-        "--output $(dirname {output[0]:q}) --threads {threads} "
+        "--output $(dirname {output.backbone:q}) --threads {threads} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
