@@ -1,4 +1,4 @@
-"""Are the embedded scenes fit for their purpose? Measures what DESIGN accepts the generator by, on fresh scenes.
+"""Are the embedded scenes fit for their purpose? Measures on fresh scenes what a good generator must show.
 
 1. Selective search finds the objects: recall at IoU 0.5 of those above the size limit, by all raw boxes and by the
    boxes that the method keeps. Target: at least 0.8.
