@@ -38,4 +38,4 @@ bench: install
 	python benchmarks/scenes.py
 
 clean:
-	rm -rf .venv results/scenes .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv results/scenes .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

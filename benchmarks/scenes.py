@@ -27,6 +27,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from orl.config import Scenes
 from orl.data.scenes import CLASSES, generate
 from orl.data.views import iou
 from orl.discovery.proposals import filter_boxes, selective_search
@@ -165,8 +166,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         root, started = Path(folder) / "scenes", time.perf_counter()
-        size, counts = (SHORT_SIDE, LONG_SIDE), {"train": args.scenes, "val": args.val}
-        made = generate(root, **counts, size=size, seed=args.seed, workers=args.threads)
+        settings = Scenes(train=args.scenes, val=args.val, size=(SHORT_SIDE, LONG_SIDE), seed=args.seed)
+        made = generate(root, settings, args.threads)
         seconds = time.perf_counter() - started
         pictures = args.scenes + args.val + made["objects_train"] + made["objects_val"]
         print(f"drawing: {pictures} pictures in {seconds:.1f} s, {pictures / seconds:.0f} per second; {made}")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ PROPOSALS = ("--proposals", "FILE", "proposals.h5, made by `orl propose`")
 def _scenes(args: argparse.Namespace, config: Config) -> None:
     from orl.data.scenes import generate
 
-    generate(args.output, **config.data.scenes.model_dump(), workers=args.threads)
+    generate(args.output, config.data.scenes, args.threads)
 
 
 def _manifest(args: argparse.Namespace, config: Config) -> None:
@@ -157,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
         _pretrain,
         "train stage 1 (image level) or stage 3 (object level), going on where an interrupted run stopped",
         output="folder of the model: backbone.safetensors, model.safetensors, metrics.csv",
-        settings=["stage1 or stage3", "seed", "precision"],
+        settings=["stage1 or stage3", "seed", "precision", "data.exif"],
     )
     sub.add_argument("--stage", required=True, choices=["stage1", "stage3", "random"], help="random: no training")
     for flag, metavar, what in (ROOT, MANIFEST):
@@ -174,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
         MANIFEST,
         ("--model", "FILE", "model.safetensors of stage 1"),
         output="embeddings.h5 to write",
-        settings=["embeddings"],
+        settings=["embeddings", "data.exif"],
     )
     command(
         "propose",
@@ -183,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         ROOT,
         MANIFEST,
         output="proposals.h5 to write",
-        settings=["proposals", "seed"],
+        settings=["proposals", "seed", "data.exif"],
     )
     command(
         "neighbors",
@@ -202,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
         PROPOSALS,
         ("--backbone", "FILE", "backbone.safetensors of stage 1"),
         output="rois.h5 to write",
-        settings=["rois"],
+        settings=["rois", "data.exif"],
     )
     command(
         "correspond",
@@ -222,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
         ("--backbone", "FILE", "backbone.safetensors of any model"),
         ("--name", "NAME", "what the result calls the model"),
         output="JSON to write",
-        settings=["downstream"],
+        settings=["downstream", "data.exif"],
     )
     sub.add_argument("task", choices=["voc07_svm"], help="voc07_svm: multi-label linear SVM by VOC07's protocol")
     sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.TASK.root)")
@@ -254,8 +255,10 @@ def _count(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; bad input is one sentence on stderr and exit status 2."""
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     # OpenMP's threads spin while they wait, which makes a step 16 times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     try:
         args.run(args, load(args.settings))
     except (InputError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Every setting: its default (the paper's value), its source and its bounds. Nothing else holds a default.
+"""Every setting: its default (the paper's value), its source and its bounds. The settings' only home.
 
 Scientific settings decide results; `compute` decides only how fast they come and never enters a fingerprint.
 `python -m orl.config` rewrites workflow/schemas/config.schema.yaml and the table of config/README.md.
@@ -47,7 +47,7 @@ class Scenes(Section):
     """Single-object pictures per class, training split."""
     objects_val: Positive = 10
     """Single-object pictures per class, test split."""
-    size: Annotated[tuple[int, int], AfterValidator(_ascending)] = (128, 160)
+    size: Annotated[tuple[Annotated[int, Field(ge=64)], int], AfterValidator(_ascending)] = (128, 160)
     """Shortest and longest side of a scene, pixels."""
     background_correlation: Probability = 0.5
     """How often the background family is the theme's own."""
@@ -307,6 +307,7 @@ USES: dict[str, tuple[str, ...]] = {
     "correspondences": ("correspondences",),
     "stage3": ("seed", "precision", "data.exif", "stage3"),
     "voc07_svm": ("data.exif", "downstream.voc07_svm"),
+    "report": ("data.exif",),
 }
 
 # Raise a stage's number when its code gives other results: what was made before is then made again.
@@ -389,6 +390,7 @@ def load(text: str) -> Config:
 
 def variant(raw: dict, name: str | None) -> Config:
     """The configuration of variant `name` of a raw config (None: the run itself). Raises InputError."""
+    raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
     base = {key: value for key, value in raw.items() if key != "variants"}
     if name is None:
         return parse(base, "config")

@@ -387,3 +387,9 @@ def test_shipped_configs_are_valid(path):
 def test_the_schema_refuses_too(raw):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(raw, config.schema())
+
+
+def test_variants_whose_names_yaml_reads_as_numbers():
+    raw = {"variants": {5: {"neighbors": {"k": 5}}}}
+    (name,) = config.parse(raw).variants
+    assert config.variant(raw, name).neighbors.k == 5

@@ -1,25 +1,20 @@
 """The manifest: every photo decoded once, listed with its size, or rejected with the reason."""
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context, parent_process
 
 from orl import InputError, artifacts, progress
 from orl.config import Config, Data
 from orl.data import coco, decode, folder
+from orl.workers import ordered
 
 CHUNK = 32  # photos that a worker takes at a time, at most
 
 
 def build(
     config: Config,
-    root: str | os.PathLike | None,
+    root: str | os.PathLike,
     output: str | os.PathLike,
     rejected: str | os.PathLike,
     workers: int,
@@ -30,12 +25,12 @@ def build(
     and `height` are those of the decoded photo, EXIF applied where `config.data.exif` says so. Raises InputError,
     having written nothing, unless at least two photos can be decoded.
     """
-    if not root:
-        raise InputError("config: data.root is not given; set it to the folder of the photos.")
     photos = _list(config.data, root)
     rows: list[tuple] = []
     refused: list[tuple[str, str]] = []
-    found = _inspect_all(root, [photo.path for photo in photos], config.data.exif, workers)
+    paths = [photo.path for photo in photos]
+    chunk = max(1, min(CHUNK, len(paths) // (4 * workers)))
+    found = ordered(partial(_inspect, root, config.data.exif), paths, min(workers, len(paths)), chunk)
     for photo, result in zip(photos, progress.track(found, len(photos), "decoding"), strict=True):
         if isinstance(result, str):
             refused.append((_shown(photo.path), result))
@@ -84,38 +79,6 @@ def _list(data: Data, root: str | os.PathLike) -> list[folder.Photo]:
     if not photos:
         raise InputError(f"{root}: no files in this folder; set data.root to the folder of the photos.")
     return photos
-
-
-def _inspect_all(
-    root: str | os.PathLike, paths: list[str], exif: decode.Exif, workers: int
-) -> Iterator[tuple[int, int, int] | str]:
-    """`_inspect` of every path, in order."""
-    inspect = partial(_inspect, root, exif)
-    workers = min(workers, len(paths))
-    if workers <= 1:
-        yield from map(inspect, paths)
-        return
-    # Spawned, not forked: a fork copies locks that other threads of the caller may hold.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
-    try:
-        yield from pool.map(inspect, paths, chunksize=max(1, min(CHUNK, len(paths) // (4 * workers))))
-    except (BrokenProcessPool, MemoryError):
-        raise InputError(f"{root}: a decoding process died, likely out of memory; use fewer workers.") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the pool
-
-    def leave_with_parent() -> None:
-        parent = parent_process()
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    # Else workers would wait for ever after a parent that was killed.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> tuple[int, int, int] | str:

@@ -14,16 +14,18 @@ import json
 import math
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from orl import InputError
+from orl.config import Scenes
+from orl.workers import ordered
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -330,6 +332,7 @@ def _voc_xml(name: str, width: int, height: int, shown: list[Shown]) -> str:
 
 def _write_picture(root: Path, settings: dict[str, Any], task: tuple[str, int]) -> dict[str, Any]:
     """Draw and write picture (split, index); of a scene, return its COCO image, annotations and VOC flags."""
+    cv2.setNumThreads(1)  # one process per core already
     split, index = task
     rng = np.random.default_rng([settings["seed"], SPLITS.index(split), index])
     if split not in ("train", "val"):
@@ -384,11 +387,7 @@ def _write_all(root: Path, settings: dict[str, Any], workers: int) -> dict[str, 
     counts = {split: settings[split] * (len(CLASSES) if "objects" in split else 1) for split in SPLITS}
     tasks = [(split, index) for split in SPLITS for index in range(counts[split])]
     write = partial(_write_picture, root, settings)
-    if workers == 1:
-        written = [write(task) for task in tasks]
-    else:  # new processes: forking one in which OpenCV or PyTorch already runs threads can hang
-        with ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
-            written = list(pool.map(write, tasks, chunksize=8))
+    written = list(ordered(write, tasks, workers, chunk=8))
     for split in ("train", "val"):
         rows = [row for (of, _), row in zip(tasks, written, strict=True) if of == split]
         _write_lists(root, split, rows)
@@ -397,57 +396,24 @@ def _write_all(root: Path, settings: dict[str, Any], workers: int) -> dict[str, 
     return counts
 
 
-def _check(target: Path, settings: dict[str, Any], workers: int) -> None:
-    def whole(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    for key, value in (settings | {"workers": workers}).items():
-        if key in ("background_correlation", "theme_share"):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{key} must be a number between 0 and 1, got {value!r}.")
-        elif key == "size":
-            if len(value) != 2 or not whole(value[0], 64) or not whole(value[1], value[0]):
-                raise ValueError(f"size must be two ascending whole numbers of pixels, 64 or more, got {value!r}.")
-        elif not whole(value, least := 0 if key == "seed" else 1):
-            raise ValueError(f"{key} must be a whole number, {least} or more, got {value!r}.")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, but the scenes need a folder of their own.")
-    if not (target / "scenes.json").is_file() and any(p.is_symlink() or not p.is_dir() for p in target.rglob("*")):
-        raise ValueError(f"{target} holds files but no scenes.json, and the scenes need a folder of their own.")
-
-
-def generate(
-    folder: str | Path,
-    *,
-    train: int = 600,
-    val: int = 200,
-    objects_train: int = 20,
-    objects_val: int = 10,
-    size: tuple[int, int] = (128, 160),
-    background_correlation: float = 0.5,
-    theme_share: float = 0.7,
-    seed: int = 0,
-    workers: int = 1,
-) -> dict[str, int]:
+def generate(folder: str | Path, scenes: Scenes, workers: int = 1) -> dict[str, int]:
     """Draw all scenes and single objects into `folder`; return how many of what were written.
 
-    `train` and `val` count scenes, `objects_*` single objects per class; both sides of a scene lie within `size`,
-    pixels; `background_correlation` is how often the background family is tied to the theme (else it is any of the
-    four), `theme_share` how often an object is of one of the theme's three classes. `workers` processes draw, which
-    changes no file: same settings, same bytes.
+    `workers` processes draw, which changes no file: same settings, same bytes.
 
     Written: `train2017/`, `val2017/`, `annotations/instances_{train,val}2017.json` (COCO), `VOCdevkit/VOC2007/`
     (trainval = train, test = val), `objects/{train,val}/{class}/` (ImageFolder), `scenes.json` (settings, counts).
     `folder` appears complete or not at all: new, empty so far, or in place of older generated scenes.
 
-    Raises ValueError for a bad value, and for a `folder` that holds anything but generated scenes.
+    Raises InputError for a `folder` that holds anything but generated scenes.
     """
-    target = Path(folder).resolve()
-    settings: dict[str, Any] = {"train": train, "val": val}
-    settings |= {"objects_train": objects_train, "objects_val": objects_val}
-    settings |= {"size": list(size), "background_correlation": background_correlation}
-    settings |= {"theme_share": theme_share, "seed": seed}
-    _check(target, settings, workers)
+    target, settings = Path(folder).resolve(), scenes.model_dump(mode="json")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, but the scenes need a folder of their own; name another.")
+    if not (target / "scenes.json").is_file() and any(p.is_symlink() or not p.is_dir() for p in target.rglob("*")):
+        raise InputError(
+            f"{target} holds files but no scenes.json, and the scenes need a folder of their own; name another."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     new, old = beside / "new", beside / "old"  # within mkdtemp's private folder, `new` has the usual permissions

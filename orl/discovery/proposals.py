@@ -2,19 +2,16 @@
 
 import ctypes
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 
 import cv2
 import numpy as np
 
-from orl import InputError, artifacts
+from orl import artifacts
 from orl.config import Config, used
 from orl.data.manifest import load
 from orl.data.views import iou
 from orl.progress import track
+from orl.workers import ordered
 
 
 def filter_boxes(
@@ -57,7 +54,7 @@ def photo_seed(seed: int, image_id: str) -> int:
 
 
 class _Propose:
-    """Kept boxes of the photo in a row; a class, so that worker processes get the manifest once."""
+    """Kept boxes of the photo in a row."""
 
     def __init__(self, config: Config, root: str, manifest: artifacts.Manifest) -> None:
         self.config, self.root, self.manifest = config, root, manifest
@@ -70,35 +67,12 @@ class _Propose:
         return filter_boxes(raw, **self.config.proposals.model_dump())
 
 
-_propose: _Propose
-
-
-def _start(propose: _Propose) -> None:
-    global _propose
-    _propose = propose
-
-
-def _call(row: int) -> np.ndarray:
-    return _propose(row)
-
-
 def propose(config: Config, root: str, manifest_path: str, output: str, workers: int = 1) -> None:
     """Write proposals.h5; the result does not depend on `workers` (processes). Raises InputError."""
     manifest = artifacts.read_manifest(manifest_path)
     inputs = {"manifest": artifacts.fingerprint(manifest_path)}
-    one = _Propose(config, root, manifest)
-
-    def kept() -> Iterator[np.ndarray]:
-        if workers == 1:
-            yield from map(one, range(len(manifest)))
-            return
-        try:
-            with ProcessPoolExecutor(workers, get_context("fork"), _start, (one,)) as pool:
-                yield from pool.map(_call, range(len(manifest)), chunksize=4)
-        except BrokenProcessPool:
-            raise InputError(f"{root}: a worker process died, likely out of memory; use fewer workers.") from None
-
-    boxes = list(track(kept(), len(manifest), "proposals"))
+    kept = ordered(_Propose(config, root, manifest), range(len(manifest)), workers, chunk=4)
+    boxes = list(track(kept, len(manifest), "proposals"))
     flat = np.concatenate(boxes)
     with artifacts.create(output, artifacts.PROPOSALS, used(config, "proposals"), inputs) as file:
         file["box"] = flat.astype(np.int16 if flat.max() <= np.iinfo(np.int16).max else np.int32)

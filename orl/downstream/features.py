@@ -25,23 +25,11 @@ class _Photos(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor | InputError:
-        try:
-            image = short_side(decode(self.paths[index], self.exif), self.resize)
-        except InputError as error:
-            return error  # raised in the main process: a DataLoader would bury the sentence in a stack trace
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image = short_side(decode(self.paths[index], self.exif), self.resize)
         height, width = image.shape[:2]
         squashed = resize_crop(image, (0, 0, width, height), (self.size, self.size))
         return torch.from_numpy(squashed).permute(2, 0, 1)
-
-
-def _collate(items: list[torch.Tensor | InputError]) -> torch.Tensor | InputError:
-    images = []
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-        images.append(item)
-    return torch.stack(images)
 
 
 def pool(maps: torch.Tensor) -> torch.Tensor:
@@ -60,26 +48,23 @@ def extract(
     resize: int,
     exif: Exif,
     workers: int,
-    device: str | torch.device | None = None,
 ) -> np.ndarray:
     """Features of the photos of `labels`, float32 [n, 4 * D], in their order.
 
     Each photo is resized to short side `resize` (pixels), then squashed to `size` x `size`; the last map of the
     backbone in eval mode, float32 without TF32, is pooled by `pool` (D = 2048 for ResNet-50).
-    `workers` processes decode (0: this one); they do not change the result. `device` None: the GPU if there is one.
+    `workers` processes decode (0: this one); they do not change the result.
     Raises InputError: unreadable weights or photo, features that are not finite.
     """
-    device = torch.device(device) if device else backbones.device()
+    device = backbones.device()
     model = backbones.load(weights).to(device)
     photos = _Photos(labels.image_path, size, resize, exif)
-    loader = DataLoader(photos, BATCH, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    loader = DataLoader(photos, BATCH, num_workers=workers, pin_memory=device.type == "cuda")
     features = np.empty((0, 0), np.float32)
     start = 0
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with torch.inference_mode(), exact:
         for images in track(loader, len(loader), "features"):
-            if isinstance(images, InputError):
-                raise images
             batch = pool(model.stages(backbones.normalize(images.to(device)))[-1]).cpu().numpy()
             bad = np.flatnonzero(~np.isfinite(batch).all(1))
             if len(bad):

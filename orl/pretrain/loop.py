@@ -102,7 +102,11 @@ def train(
         run.restore(saved)
         print(f"{stage}: going on from step {run.step} of {run.total_steps} ({state.path})", file=sys.stderr)
     elif state.others:
-        print(f"{stage}: the states of other settings in {output / 'state'} are left alone", file=sys.stderr)
+        print(
+            f"{stage}: a new run: the checkpoints in {output / 'state'} are of other settings (more epochs are others, "
+            f"too), inputs or versions, and are left alone",
+            file=sys.stderr,
+        )
     run.loop(state, checkpoint_minutes * 60, log_every)
 
     write_model(output, settings, run.model, stamp)
@@ -177,10 +181,16 @@ class _Run:
         self.step += 1
 
     def check_finite(self, state: State) -> None:
-        if (bad := int(self.bad_step)) >= 0:
+        """Raise InputError if a loss was not finite, or if the last step spoilt the weights."""
+        bad = int(self.bad_step)
+        if bad < 0 and not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            bad = self.step
+        if bad >= 0:
+            kept = (
+                f"the last good checkpoint is kept as {state.path}" if state.path.exists() else "nothing is saved yet"
+            )
             raise InputError(
-                f"{self.stage}: the loss of step {bad} is not finite; lower {self.stage}.optimizer.lr "
-                f"(the last good checkpoint is kept as {state.path})."
+                f"{self.stage}: the loss of step {bad} is not finite; lower {self.stage}.optimizer.lr ({kept})."
             )
 
     def end_epoch(self) -> None:
@@ -217,15 +227,17 @@ class _Run:
                 self.check_finite(state)
             if end_of_epoch:
                 self.end_epoch()
-            if self.step % log_every == 0 or self.step == self.total_steps:
-                self.log(time.monotonic() - began, self.step - first_step)
             if end_of_epoch or stop or time.monotonic() - last_save > checkpoint_seconds:
                 self.check_finite(state)
                 state.save(self.saved())
                 last_save = time.monotonic()
+            if self.step % log_every == 0 or self.step == self.total_steps:
+                self.log(time.monotonic() - began, self.step - first_step)
             if stop:
-                print(f"{self.stage}: stopped at step {self.step}; run again to go on", file=sys.stderr)
-                sys.exit(128 + signal.SIGTERM)
+                break
+        if stop and self.step < self.total_steps:
+            print(f"{self.stage}: stopped at step {self.step}; run again to go on", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
 
     def log(self, seconds: float, steps: int) -> None:
         done = self.step % self.steps_per_epoch

@@ -4,6 +4,7 @@ Every random number derives from (seed, epoch, photo, view), so that neither the
 interruption changes a sample. A sample's key is (epoch, row of the manifest).
 """
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -97,16 +98,7 @@ class ObjectViews(ImageViews):
         here, there = found.pair[choice.integers(*found.pair_offsets[list_of_pairs : list_of_pairs + 2])].tolist()
 
         photo, other = self.photo(row), self.photo(neighbor)
-        copy = jitter_box(
-            roi,
-            (photo.shape[1], photo.shape[0]),
-            choice,
-            jitter.shift,
-            jitter.scale,
-            jitter.ratio,
-            jitter.min_iou,
-            jitter.attempts,
-        )
+        copy = jitter_box(roi, (photo.shape[1], photo.shape[0]), choice, **jitter.model_dump())
         cuts = self.global_views(photo, epoch, row)
         patches = [(photo, roi), (photo, copy), (photo, self.box(row, here)), (other, self.box(neighbor, there))]
         for view, (image, box) in enumerate(patches, 2):
@@ -120,13 +112,27 @@ def _sample(cuts: list[tuple[np.ndarray, np.ndarray]]) -> Sample:
     return images, np.stack(parameters)
 
 
-def loader(dataset: Dataset, batches: Batches, workers: int, pin: bool) -> DataLoader:
+def _start_worker(_: int) -> None:
+    # A cluster signals every process of a job: the workers must serve until the main one has saved (20 s at most).
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loader(dataset: Dataset, batches: Batches, workers: int, pin: bool) -> Iterator[list]:
     """Batches in order: views uint8 [B, S, S, 3] each, and parameters [B, views, columns]."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context="fork" if workers else None,
-        prefetch_factor=2 if workers else None,
+    found = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=pin,
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_start_worker,
+        )
     )
+    try:
+        yield from found
+    finally:
+        if workers:  # at once, also after an error: else Python waits for them as long as they heed no SIGTERM
+            found._shutdown_workers()  # type: ignore[attr-defined]

@@ -43,7 +43,8 @@ class Task:
     """The scores of all models in one downstream task."""
 
     title: str
-    rows: list[tuple[str, Cell, str, str]]  # model, mAP, change against stage1, chance
+    base: str  # the stage-1 model that others are compared with; empty: there is none
+    rows: list[tuple[str, Cell, str, str]]  # model, mAP, change against base, chance
     models: list[str]
     classes: list[tuple[str, list[Cell]]]  # AP of every class, by model
     left_out: list[tuple[str, str]]  # class, reason
@@ -137,7 +138,8 @@ def report(
     artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
     for task in tasks:
         for model, score, change, chance in task.rows:
-            print(f"{task.title}: {model}: mAP {score.text} ({change or 'no change'} against stage1, chance {chance})")
+            compared = f"{change} against {task.base}, " if change else ""
+            print(f"{task.title}: {model}: mAP {score.text} ({compared}chance {chance})")
     print(f"page: {output}")
 
 
@@ -180,11 +182,13 @@ def _tasks(paths: Sequence[str]) -> list[Task]:
 def _task(name: str, results: dict[str, dict]) -> Task:
     models = sorted(results, key=_rank)
     metrics = [results[model]["metrics"] for model in models]
-    base = results["stage1"]["metrics"]["mAP"] if "stage1" in results else None
+    base = next((model for model in models if model.split("-")[0] == "stage1"), "")
     rows = []
     for model, one, cell in zip(models, metrics, _cells([one["mAP"] for one in metrics]), strict=True):
         # \N{MINUS SIGN} is as wide as the plus sign
-        change = "" if base is None or model == "stage1" else f"{one['mAP'] - base:+.2f}".replace("-", "\N{MINUS SIGN}")
+        change = ""
+        if base and model != base:
+            change = f"{one['mAP'] - results[base]['metrics']['mAP']:+.2f}".replace("-", "\N{MINUS SIGN}")
         chance = one.get("chance_mAP")
         rows.append((model, cell, change, "" if chance is None else f"{chance:.2f}"))
     classes = list(dict.fromkeys(label for one in metrics for label in one.get("AP", {})))
@@ -193,6 +197,7 @@ def _task(name: str, results: dict[str, dict]) -> Task:
         left_out.update(one.get("classes_left_out", {}))
     return Task(
         TITLES.get(name, name),
+        base,
         rows,
         models,
         [(label, _cells([one.get("AP", {}).get(label) for one in metrics])) for label in classes],

@@ -1,5 +1,4 @@
 import ctypes
-import os
 import shutil
 
 import numpy as np
@@ -227,11 +226,3 @@ def test_a_photo_that_changed_is_named(workers, change, photos, manifest, manife
         propose(tiny, str(copy), str(manifest_path), str(tmp_path / "new.h5"), workers)
     assert str(caught.value).startswith(f"{path}: ")
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
-
-
-def test_a_worker_that_dies_is_one_sentence(photos, manifest_path, tiny, tmp_path, monkeypatch):
-    """As when the system kills it for memory."""
-    monkeypatch.setattr(module, "selective_search", lambda image, seed: os._exit(9))
-    with pytest.raises(InputError):
-        propose(tiny, str(photos), str(manifest_path), str(tmp_path / "new.h5"), 2)
-    assert list(tmp_path.iterdir()) == []

@@ -146,7 +146,7 @@ def test_changed_settings_start_anew_and_lose_nothing(train, capsys):
     output = train()
     first = (output / "model.safetensors").read_bytes()
     train(change={"seed": 2})
-    assert "states of other settings" in capsys.readouterr().err
+    assert "a new run" in capsys.readouterr().err
     assert (output / "model.safetensors").read_bytes() != first
     assert len(list(output.glob("state/*/checkpoint.pt"))) == 2
     train()
@@ -174,10 +174,13 @@ def test_a_killed_command_resumes_bit_equal(photos, manifest_path, tmp_path, kin
     subprocess.run(command(photos, manifest_path, tmp_path / "whole"), check=True, capture_output=True)
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        command(photos, manifest_path, broken, "--checkpoint-minutes", "0"), stderr=subprocess.PIPE, text=True
+        command(photos, manifest_path, broken, "--checkpoint-minutes", "0"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(broken / "state", process)
-    process.send_signal(kind)
+    os.killpg(process.pid, kind)  # as a cluster does: the loader's workers get it too
     _, err = process.communicate(timeout=120)
     finished = process.returncode == 0  # the training may have won the race; then there is nothing to resume
     if not finished:
@@ -234,6 +237,24 @@ def test_a_loss_that_is_not_finite_stops_naming_the_step(train, monkeypatch):
         patch.setattr(loop._Run, "train_step", train_step)
         with pytest.raises(InputError, match="loss of step 4 is not finite"):
             train("broken")
+    assert_equal_models(train("broken"), train("undisturbed"))
+
+
+def test_weights_spoilt_by_the_last_step_are_not_saved(train, monkeypatch):
+    """The loss of a step is taken before its update, and says nothing of the weights after it."""
+    original = loop._Run.train_step
+
+    def train_step(self, views, parameters):
+        original(self, views, parameters)
+        if self.step == self.total_steps:
+            with torch.no_grad():
+                self.model.online.backbone.conv1.weight[0] = float("inf")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "train_step", train_step)
+        with pytest.raises(InputError, match="not finite"):
+            train("broken")
+    assert not (train("undisturbed").parent / "broken" / "backbone.safetensors").exists()
     assert_equal_models(train("broken"), train("undisturbed"))
 
 

@@ -149,6 +149,24 @@ def labels(variant=None):
     return section.root
 
 
+def label_files(variant):
+    """The lists of labels of voc07_svm, in either layout: corrected labels are evaluated again."""
+    root = Path(labels(variant) or "")
+    return (
+        []
+        if SCENES
+        else sorted(
+            map(
+                str,
+                [
+                    *root.glob("annotations/instances_*.json"),
+                    *root.glob("ImageSets/Main/*.txt"),
+                ],
+            )
+        )
+    )
+
+
 def scores():
     """Every downstream result of every model."""
     return unique(

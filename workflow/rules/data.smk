@@ -21,7 +21,7 @@ rule manifest:
         annotations=(
             []
             if SCENES
-            else [f"{ROOT}/{file}" for file in RUN.data.annotations.values()]
+            else [str(Path(ROOT, file)) for file in RUN.data.annotations.values()]
         ),
     output:
         manifest=f"{RESULTS}/manifest.csv",

@@ -2,6 +2,7 @@ rule voc07_svm:
     input:
         backbone=evaluated,
         photos=ROOT if SCENES else [],
+        labels=lambda wildcards: label_files(wildcards.v[1:] or None),
     output:
         f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
     log:

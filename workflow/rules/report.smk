@@ -16,7 +16,8 @@ rule report:
     log:
         f"{RESULTS}/logs/report.log",
     params:
-        settings=json.dumps({"data": {"exif": RUN.data.exif}}),
+        settings=decides("report"),
+        version=settings.RESULT_VERSION["report"],
         name=RUN.name,
         root=ROOT,
     shell:
