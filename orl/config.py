@@ -125,17 +125,51 @@ class Optimizer(Section):
     weight_decay: NonNegative = 1e-4
     """Weight decay, on all trained parameters."""
     ema: Annotated[float, Field(ge=0, le=1)] = 0.99
-    """EMA momentum of the target network at the first step; it rises to 1 on a cosine."""
+    """EMA momentum of the target network at the first step; it rises to 1 on a cosine (`moco`: constant)."""
+    lars_trust: Annotated[float, Field(gt=0)] = 0.001
+    """Trust coefficient of LARS, with which `simclr` trains; the others train with plain SGD."""
+    accumulation: Positive = 1
+    """Parts into which a step's batch is cut for want of memory; batch statistics are then those of a part."""
 
 
 class Stage1(Section):
-    """Image-level pre-training."""
+    """Image-level pre-training. The defaults are byol's; those of the other methods are listed below."""
 
-    method: Literal["byol"] = "byol"
-    """Self-supervised objective."""
+    method: Literal["byol", "simclr", "moco"] = "byol"
+    """Self-supervised objective: BYOL, SimCLR or MoCo v2."""
+    weights: str | None = None
+    """File of weights to use instead of training; the rest of `stage1` then only serves stage 3. See README.md."""
     network: Network = Network()
     views: Views = Views()
     optimizer: Optimizer = Optimizer()
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Temperature of the contrastive loss (`simclr`, `moco`)."""
+    queue: Positive = 65536
+    """Keys of earlier photos that serve as negatives (`moco`)."""
+    shuffled_batch: Annotated[int, Field(ge=2)] = 32
+    """Photos that share batch statistics, keys shuffled among them (`moco`; the paper's 256 on 8 GPUs)."""
+
+
+# Defaults of `stage1` by method, where they differ from byol's (ORL release, benchmark configs on COCO).
+METHODS: dict[str, dict] = {
+    "byol": {},
+    "simclr": {
+        "network": {"hidden": 2048, "projection": 128},
+        "views": {"jitter": [0.8, 0.8, 0.8, 0.2], "blur_p": [0.5, 0.5], "solarize_p": [0.0, 0.0]},
+        "optimizer": {"lr": 0.6, "weight_decay": 1e-6, "warmup_epochs": 10},
+    },
+    "moco": {
+        "network": {"hidden": 2048, "projection": 128},
+        "views": {
+            "scale": [0.2, 1.0],
+            "jitter": [0.4, 0.4, 0.4, 0.1],
+            "blur_p": [0.5, 0.5],
+            "solarize_p": [0.0, 0.0],
+        },
+        "optimizer": {"batch": 256, "lr": 0.6, "warmup_epochs": 0, "ema": 0.999},  # 0.6 at batch 512 is 0.3 at 256
+        "temperature": 0.2,
+    },
+}
 
 
 class Embeddings(Section):
@@ -263,12 +297,16 @@ class Compute(Section):
 
     threads: Positive = 8
     """CPU threads of one job at most (Snakemake gives what `--cores` allows)."""
-    gpus: Annotated[int, Field(ge=0)] = 1
-    """GPUs that a GPU job asks for; without one it runs on the CPU."""
+    gpus: Annotated[int, Field(ge=0)] = 8
+    """GPUs that a training asks for at most (other GPU jobs: one); it takes what there is, and the CPU without one."""
     checkpoint_minutes: Positive = 15
     """Minutes between checkpoints inside an epoch; every epoch's end saves one too."""
     log_every: Positive = 50
     """Steps between two lines of the training log."""
+    compile: bool = False
+    """Compile the training step (torch.compile; it needs a C++ compiler)."""
+    deterministic: bool = False
+    """Only deterministic operations on a GPU, so that resuming is bit-equal there, too; slower."""
 
 
 class Config(Section):
@@ -278,7 +316,7 @@ class Config(Section):
     """Name of the run; everything lies under results/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Discovery and evaluation use float32."""
     data: Data = Data()
     stage1: Stage1 = Stage1()
@@ -352,14 +390,20 @@ def _sentence(error: ValidationError, source: str) -> str:
 def parse(raw: Any, source: str = "settings") -> Config:
     """Check a settings mapping and fill in defaults.
 
-    `stage3` takes network, views and optimizer from `stage1` where it does not give them itself.
+    `stage1` takes the defaults of its method (METHODS). `stage3` takes the network, views and optimizer that `stage1`
+    is given, its method's defaults left out, where it does not give them itself.
     Raises InputError, one sentence naming `source` and the key.
     """
     if not isinstance(raw, dict):
         raise InputError(f"{source}: must be a mapping of settings, not {type(raw).__name__}.")
     stage1, stage3 = raw.get("stage1", {}), raw.get("stage3", {})
     if isinstance(stage1, dict) and isinstance(stage3, dict):
-        raw = {**raw, "stage3": merge({k: stage1[k] for k in SHARED_WITH_STAGE1 if k in stage1}, stage3)}
+        method = stage1.get("method")
+        raw = {
+            **raw,
+            "stage1": merge(METHODS.get(method, {}) if isinstance(method, str) else {}, stage1),
+            "stage3": merge({k: stage1[k] for k in SHARED_WITH_STAGE1 if k in stage1}, stage3),
+        }
     try:
         # JSON mode, strict: arrays become tuples, but neither "3" nor true is a number.
         return Config.model_validate_json(json.dumps(raw), strict=True)
@@ -404,6 +448,8 @@ def variant(raw: dict, name: str | None) -> Config:
 def used(config: Config, stage: str) -> dict:
     """The settings that decide the result of `stage`, as nested plain values, with its RESULT_VERSION."""
     whole = config.model_dump(mode="json")
+    if config.stage1.weights:
+        whole["stage1"] = {key: whole["stage1"][key] for key in ("weights", "network")}  # the latter for `random`
     out: dict = {"version": RESULT_VERSION[stage]}
     for dotted in USES[stage]:
         *parents, last = dotted.split(".")

@@ -144,7 +144,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(key, nearest):
         ("name", "-a"),
         ("name", ""),
         ("data.layout", "imagenet"),
-        ("stage1.method", "simclr"),
+        ("stage1.method", "dino"),
         ("stage1.network.backbone", "resnet34"),
         ("stage1.network.hidden", 0),
         ("stage1.views.flip_p", 1.1),

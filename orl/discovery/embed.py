@@ -34,7 +34,7 @@ class _Photos(Dataset):
 def embed(config: Config, root: str, manifest_path: str, model_path: str, output: str, workers: int = 0) -> None:
     """Write embeddings.h5: the projector's output for each photo's centre crop, unit rows, float32.
 
-    `model_path` is a model.safetensors. Raises InputError.
+    Of weights without a projector, the pooled features. `model_path` is a model.safetensors. Raises InputError.
     """
     manifest = artifacts.read_manifest(manifest_path)
     device = backbones.device()
@@ -43,7 +43,8 @@ def embed(config: Config, root: str, manifest_path: str, model_path: str, output
     photos = DataLoader(_Photos(config, root, manifest), BATCH, num_workers=workers)
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with exact, artifacts.create(output, artifacts.EMBEDDINGS, used(config, "embeddings"), inputs) as file:
-        rows = file.create_dataset("embedding", (len(manifest), model.projector[-1].out_features), np.float32)
+        width = model.network.projection if model.head else model.backbone.features
+        rows = file.create_dataset("embedding", (len(manifest), width), np.float32)
         start = 0
         for batch in track(photos, len(photos), "embeddings, batches"):
             projection = model(backbones.normalize(batch.to(device).permute(0, 3, 1, 2)))

@@ -73,7 +73,7 @@ class ResNet(nn.Module):
         return self.stages(x)[-1].mean((2, 3))
 
 
-BLOCKS = {
+BLOCKS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
     "resnet10": ((1, 1, 1, 1), False),
     "resnet18": ((2, 2, 2, 2), False),
     "resnet50": ((3, 4, 6, 3), True),

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from pydantic import ValidationError
@@ -11,16 +12,22 @@ from torch import Tensor, nn
 from orl import InputError, artifacts
 from orl.config import Network
 from orl.networks.backbones import backbone, described, fill, initialize
-from orl.networks.heads import mlp
+from orl.networks.heads import Head, mlp
 
 
 class Encoder(nn.Module):
-    """Backbone and projector: float [B, 3, H, W] -> projection [B, P]."""
+    """Backbone and projector: float [B, 3, H, W] -> projection [B, P].
 
-    def __init__(self, network: Network) -> None:
+    Without a `head` (weights made elsewhere may have none that is known) the projection is the pooled features.
+    """
+
+    def __init__(self, network: Network, head: Head | None = "byol") -> None:
         super().__init__()
+        self.network, self.head = network, head
         self.backbone = backbone(network.backbone)
-        self.projector = mlp(self.backbone.features, network.hidden, network.projection)
+        self.projector: nn.Module = nn.Identity()
+        if head:
+            self.projector = mlp(self.backbone.features, network.hidden, network.projection, head)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.backbone(x))
@@ -29,9 +36,9 @@ class Encoder(nn.Module):
 class Pair(nn.Module):
     """An online encoder, and a target that follows its parameters and gets no gradient (BYOL)."""
 
-    def __init__(self, network: Network, generator: torch.Generator) -> None:
+    def __init__(self, network: Network, generator: torch.Generator, head: Head = "byol") -> None:
         super().__init__()
-        self.online = Encoder(network)
+        self.online = Encoder(network, head)
         initialize(self.online, generator)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
@@ -41,23 +48,26 @@ class Pair(nn.Module):
 
         The target's running statistics come from its own train-mode forwards (ORL release).
         """
-        for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
-            target.lerp_(online, 1 - momentum)
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - momentum)
 
 
-def save(path: str | os.PathLike, network: Network, model: Pair, attrs: Mapping[str, str]) -> None:
-    """Write model.safetensors: online, target and predictors, `attrs` (see artifacts.stamp) and the network."""
-    artifacts.write_weights(path, model.state_dict(), {**attrs, "network": network.model_dump_json()})
+def save(path: str | os.PathLike, model: nn.Module, attrs: Mapping[str, str]) -> None:
+    """Write model.safetensors: all networks of `model`, `attrs` (see artifacts.stamp) and what `model.online` is."""
+    online: Encoder = model.online  # type: ignore[assignment]
+    kind = {"network": online.network.model_dump_json(), "head": online.head or ""}
+    artifacts.write_weights(path, model.state_dict(), {**attrs, **kind})
 
 
 def load_encoder(path: str | os.PathLike) -> Encoder:
     """The online encoder of a model.safetensors, in eval mode on the CPU. Raises InputError."""
-    tensors = artifacts.read_weights(path)
+    tensors, head = artifacts.read_weights(path), described(path, "head")
     try:
         network = Network.model_validate_json(described(path, "network"))
     except ValidationError:
         raise InputError(f"{path}: its network is none that this version knows; make it with `orl pretrain`.") from None
-    model = Encoder(network)
+    if head not in ("", *get_args(Head)):
+        raise InputError(f"{path}: its head {head!r} is none that this version knows; make it with `orl pretrain`.")
+    model = Encoder(network, head or None)  # type: ignore[arg-type]
     online = {key.removeprefix("online."): value for key, value in tensors.items() if key.startswith("online.")}
     fill(model, online, path)
     return model.eval()

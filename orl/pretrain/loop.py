@@ -40,7 +40,7 @@ def initial(settings: Stage1 | Stage3, seed: int) -> Pair:
 def write_model(output: Path, settings: Stage1 | Stage3, model: Pair, stamp: dict[str, str]) -> None:
     """Write backbone.safetensors (the online backbone) and model.safetensors (everything)."""
     backbones.save(output / "backbone.safetensors", settings.network.backbone, model.online.backbone, stamp)
-    ema.save(output / "model.safetensors", settings.network, model, stamp)
+    ema.save(output / "model.safetensors", model, stamp)
 
 
 def random(config: Config, output: Path) -> None:

@@ -65,7 +65,7 @@ def test_momentum_1_moves_nothing_and_0_copies(pair):
 
 def test_save_and_load_the_online_encoder(pair, tmp_path):
     path = tmp_path / "model.safetensors"
-    ema.save(path, NETWORK, pair, STAMP)
+    ema.save(path, pair, STAMP)
     found = ema.load_encoder(path)
     assert not found.training
     for key, value in pair.online.state_dict().items():
@@ -81,7 +81,9 @@ def test_save_and_load_the_online_encoder(pair, tmp_path):
 def test_bad_models_are_named(pair, network, tmp_path):
     """An empty network means the defaults, which these weights do not fit."""
     path = tmp_path / "model.safetensors"
-    artifacts.write_weights(path, pair.state_dict(), {**STAMP, **({"network": network} if network else {})})
+    artifacts.write_weights(
+        path, pair.state_dict(), {**STAMP, "head": "byol", **({"network": network} if network else {})}
+    )
     with pytest.raises(InputError, match=f"^{path}: .*\\.$"):
         ema.load_encoder(path)
 
@@ -89,6 +91,6 @@ def test_bad_models_are_named(pair, network, tmp_path):
 def test_a_model_that_lacks_weights_is_named(pair, tmp_path):
     path = tmp_path / "model.safetensors"
     state = {key: value for key, value in pair.state_dict().items() if not key.startswith("online.projector")}
-    artifacts.write_weights(path, state, {**STAMP, "network": NETWORK.model_dump_json()})
+    artifacts.write_weights(path, state, {**STAMP, "head": "byol", "network": NETWORK.model_dump_json()})
     with pytest.raises(InputError, match=f"^{path}: .*\\.$"):
         ema.load_encoder(path)
