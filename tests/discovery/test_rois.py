@@ -46,7 +46,7 @@ def test_each_feature_is_that_of_its_crop(rois_path, inputs, photos, manifest, p
             pixels = (np.asarray(patch) / 255 - mean) / std
             with torch.inference_mode():
                 pooled = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])[0].double().numpy()
-            np.testing.assert_allclose(feature[number], pooled / np.linalg.norm(pooled), rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(feature[number], pooled / np.linalg.norm(pooled), rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
