@@ -4,6 +4,7 @@ Every operation computes what Pillow computes on uint8 (torchvision's transforms
 included; images are float tensors [B, 3, H, W] that hold whole numbers from 0 to 255.
 """
 
+from collections.abc import Callable
 from math import floor, sqrt
 
 import numpy as np
@@ -39,12 +40,12 @@ def draw(views: Views, recipe: int, rng: np.random.Generator) -> np.ndarray:
     return np.array(row, np.float32)
 
 
-def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
 
 
-def _blend(base: Tensor | float, images: Tensor, factor: np.ndarray) -> Tensor:
-    return (base + _column(factor, images) * (images - base)).clamp(0, 255).floor()
+def _blend(base: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
+    return (base + _column(factor) * (images - base)).clamp(0, 255).floor()
 
 
 def luma(images: Tensor) -> Tensor:
@@ -53,22 +54,22 @@ def luma(images: Tensor) -> Tensor:
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor()
 
 
-def brightness(images: Tensor, factor: np.ndarray) -> Tensor:
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with black; factor float32 [B]."""
     return _blend(0.0, images, factor)
 
 
-def contrast(images: Tensor, factor: np.ndarray) -> Tensor:
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean luma; factor float32 [B]."""
     return _blend((luma(images).mean((1, 2, 3), keepdim=True) + 0.5).floor(), images, factor)
 
 
-def saturation(images: Tensor, factor: np.ndarray) -> Tensor:
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the luma; factor float32 [B]."""
     return _blend(luma(images), images, factor)
 
 
-def hue(images: Tensor, factor: np.ndarray) -> Tensor:
+def hue(images: Tensor, factor: Tensor) -> Tensor:
     """Turn the hue by factor float32 [B] of the circle, through Pillow's 8-bit HSV."""
     red, green, blue = images.split(1, dim=1)
     value = images.amax(1, keepdim=True)
@@ -79,7 +80,7 @@ def hue(images: Tensor, factor: np.ndarray) -> Tensor:
     angle = torch.where(red == value, b - g, torch.where(green == value, 2 + r - b, 4 + g - r)).float()
     h = (((angle.double() / 6 + 1) % 1).float().double() * 255).floor()
     s = (chroma / value.clamp(min=1) * 255).floor().double() / 255
-    h = (torch.where(chroma == 0, 0.0, h) + _column(np.trunc(factor * 255), images)) % 256 * 6 / 255
+    h = (torch.where(chroma == 0, 0.0, h) + _column((factor * 255).trunc())) % 256 * 6 / 255
     sector = h.floor()
     f = (h - sector).float().double()
     p = (value * (1 - s) + 0.5).floor()
@@ -110,26 +111,39 @@ def box_radius(sigma: float, passes: int = 3) -> float:
     return whole + rest
 
 
-def blur(images: Tensor, sigma: np.ndarray) -> Tensor:
-    """Pillow's Gaussian blur: three passes of an extended box blur along each axis; sigma float32 [B], pixels."""
+def blur_taps(sigma: np.ndarray) -> np.ndarray:
+    """Weights [B, reach + 1] of the extended box by distance from its middle, for standard deviations [B] (pixels)."""
     radii = np.array([box_radius(float(value)) for value in sigma])
     whole = radii.astype(int)
-    reach = int(whole.max()) + 1
-    weights = np.zeros((len(radii), reach + 1), np.float32)
+    weights = np.zeros((len(radii), int(whole.max()) + 2), np.float32)
     for row, (radius, inner) in enumerate(zip(radii, whole, strict=True)):
         weights[row, : inner + 1] = 1 / (2 * radius + 1)
         weights[row, inner + 1] = (1 - (2 * inner + 1) / (2 * radius + 1)) / 2
-    taps = [_column(weights[:, distance].copy(), images) for distance in range(reach + 1)]
+    return weights
+
+
+def blur(images: Tensor, taps: Tensor) -> Tensor:
+    """Pillow's Gaussian blur: three passes of an extended box blur along each axis; `taps` float32 [B, reach + 1]."""
+    columns, reach = [_column(tap) for tap in taps.unbind(1)], taps.shape[1] - 1
     for axis, sides in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         length = images.shape[axis]
         for _ in range(3):
             padded = pad(images, sides, mode="replicate")
-            total = taps[0] * images
+            total = columns[0] * images
             for distance in range(1, reach + 1):
                 left = padded.narrow(axis, reach - distance, length)
-                total = total + taps[distance] * (left + padded.narrow(axis, reach + distance, length))
+                total = total + columns[distance] * (left + padded.narrow(axis, reach + distance, length))
             images = (total + 0.5).floor()
     return images
+
+
+def _send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one type on the device, in one transfer that nothing waits for."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def augment(images: Tensor, parameters: Tensor) -> Tensor:
@@ -138,21 +152,28 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
     `images`: uint8 [B, 3, H, W] on the device; `parameters`: float32 [B, len(COLUMNS)] on the CPU (see `draw`).
     """
     value = dict(zip(COLUMNS, parameters.numpy().T, strict=True))
-    x = images.float()
-
-    def change(rows: np.ndarray, operation: object, *factors: np.ndarray) -> None:
-        index = np.flatnonzero(rows)
-        if len(index):
-            on_device = torch.from_numpy(index).to(x.device, non_blocking=True)
-            x[on_device] = operation(x[on_device], *(factor[index] for factor in factors))  # type: ignore[operator]
-
-    change(value["flip"] > 0, lambda part: part.flip(-1))
     order = np.array(ORDERS)[value["order"].astype(int)]
     jitters = ((brightness, "brightness"), (contrast, "contrast"), (saturation, "saturation"), (hue, "hue"))
+    plan: list[tuple[Callable[..., Tensor], np.ndarray, np.ndarray]] = []  # operation, its rows, their parameters
+    none = np.empty(0, np.float32)
+
+    def add(operation: Callable[..., Tensor], chosen: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> None:
+        rows = np.flatnonzero(chosen)
+        if len(rows):
+            plan.append((operation, rows, of(rows)))
+
+    add(lambda part: part.flip(-1), value["flip"] > 0, lambda _: none)
     for place in range(4):
         for number, (operation, name) in enumerate(jitters):
-            change((value["jitter"] > 0) & (order[:, place] == number), operation, value[name])
-    change(value["grayscale"] > 0, grayscale)
-    change(value["blur"] > 0, blur, value["blur"])
-    change(value["solarize"] > 0, solarize)
+            add(operation, (value["jitter"] > 0) & (order[:, place] == number), value[name].__getitem__)
+    add(grayscale, value["grayscale"] > 0, lambda _: none)
+    add(blur, value["blur"] > 0, lambda rows: blur_taps(value["blur"][rows]))
+    add(solarize, value["solarize"] > 0, lambda _: none)
+
+    x = images.float()
+    if plan:
+        operations, rows, factors = zip(*plan, strict=True)
+        on_device = zip(operations, _send(list(rows), x.device), _send(list(factors), x.device), strict=True)
+        for operation, index, factor in on_device:
+            x[index] = operation(x[index], factor) if factor.numel() else operation(x[index])
     return normalize(x)

@@ -15,13 +15,17 @@ class ORL(Pair):
 
     def __init__(self, settings: Stage3, generator: torch.Generator) -> None:
         super().__init__(settings.network, generator)
-        self.weights = {
-            "global": settings.global_weight,
-            "intra": settings.intra_weight,
-            "inter": settings.inter_weight,
+        weights = (settings.global_weight, settings.intra_weight, settings.inter_weight)
+        # Pair of views -> name and weight of its loss; one of weight 0 has no predictor, for nothing would train it.
+        self.losses = {
+            number: (name, weight)
+            for number, (name, weight) in enumerate(zip(("global", "intra", "inter"), weights, strict=True))
+            if weight > 0
         }
         width = settings.network.projection
-        self.predictors = nn.ModuleDict({name: mlp(width, settings.network.hidden, width) for name in self.weights})
+        self.predictors = nn.ModuleDict(
+            {name: mlp(width, settings.network.hidden, width) for name, _ in self.losses.values()}
+        )
         initialize(self.predictors, generator)
 
     def forward(self, *views: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -30,9 +34,8 @@ class ORL(Pair):
         Six forwards per network: batch statistics never mix sizes. The projections [2, B, P] are of the first pair.
         """
         losses, projections = {}, []
-        for number, (name, weight) in enumerate(self.weights.items()):
-            if weight > 0:
-                loss, projected = symmetric(self, self.predictors[name], *views[2 * number : 2 * number + 2])
-                losses[name] = weight * loss
-                projections.append(projected)
+        for number, (name, weight) in self.losses.items():
+            loss, projected = symmetric(self, self.predictors[name], *views[2 * number : 2 * number + 2])
+            losses[name] = weight * loss
+            projections.append(projected)
         return losses, projections[0]

@@ -42,7 +42,7 @@ def test_each_row_is_the_projection_of_its_photo(embeddings_path, photos, manife
     for row, path in enumerate(manifest.path):
         with torch.inference_mode():
             projection = model(prepare(Image.open(photos / path).convert("RGB"))[None])[0].numpy()
-        np.testing.assert_allclose(found[row], projection / np.linalg.norm(projection), atol=2e-3)  # resizing rounds
+        np.testing.assert_allclose(found[row], projection / np.linalg.norm(projection), atol=5e-3)  # resizing rounds
     assert len(np.unique(found.round(3), axis=0)) == 10
 
 
