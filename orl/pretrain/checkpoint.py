@@ -14,11 +14,13 @@ from orl import InputError, artifacts
 
 
 class State:
-    """The locked state folder of one run. Raises InputError if another process trains there."""
+    """The state folder of one run, locked by its first process. Raises InputError if another training runs there."""
 
-    def __init__(self, folder: Path, stamp: str) -> None:
+    def __init__(self, folder: Path, stamp: str, lock: bool = True) -> None:
         self.path = folder / stamp[:16] / "checkpoint.pt"
         self.others = sorted(folder.glob("*/checkpoint.pt")) if folder.exists() else []
+        if not lock:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / "lock", "w")  # noqa: SIM115 - the kernel lets go when the process ends, however
         try:

@@ -1,52 +1,95 @@
-"""Training of stage 1 and stage 3: one process, on the GPU where there is one."""
+"""Training of stage 1 and stage 3: one process per GPU, or one on the CPU."""
 
+import itertools
 import math
+import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from orl import InputError, artifacts
 from orl.config import Config, Stage1, Stage3, used
+from orl.data.views import rng
 from orl.networks import backbones, ema
 from orl.networks.ema import Pair
 from orl.pretrain.augment import augment
 from orl.pretrain.byol import BYOL
 from orl.pretrain.checkpoint import State
+from orl.pretrain.lars import LARS
+from orl.pretrain.moco import MoCo
 from orl.pretrain.orl import ORL
-from orl.pretrain.samples import Batches, ImageViews, ObjectViews, loader
+from orl.pretrain.samples import SHUFFLE, Batches, ImageViews, Loader, ObjectViews
 from orl.pretrain.schedule import learning_rate, momentum
+from orl.pretrain.simclr import SimCLR
 
 COLLAPSED = 0.05  # of the feature standard deviation, which is 1 for directions spread evenly and 0 for a single one
+SPREAD = ("feature_std", "alignment", "uniformity")
 
 
-def feature_std(projections: Tensor) -> Tensor:
-    """Spread of projections [2, B, P]: standard deviation of unit vectors over the batch times sqrt(P)."""
+def spread(projections: Tensor) -> dict[str, Tensor]:
+    """How projections [2, B, P] of two views lie on the unit sphere; each shows a collapse.
+
+    `feature_std`: standard deviation over the batch times sqrt(P). `alignment`: mean squared distance of the two
+    views; `uniformity`: log of the mean of exp(-2 squared distance) between photos (Wang and Isola, 2020).
+    """
     unit = normalize(projections.float(), dim=-1)
-    return unit.std(1, correction=0).mean() * math.sqrt(unit.shape[-1])
+    other = unit[0] @ unit[0].T
+    pairs = len(other) * (len(other) - 1)
+    potential = (torch.exp(4 * other - 4).sum() - torch.exp(4 * other.diagonal() - 4).sum()) / pairs
+    return {
+        "feature_std": unit.std(1, correction=0).mean() * math.sqrt(unit.shape[-1]),
+        "alignment": (unit[0] - unit[1]).square().sum(1).mean(),
+        "uniformity": potential.log(),
+    }
 
 
-def initial(settings: Stage1 | Stage3, seed: int) -> Pair:
+def initial(settings: Stage1 | Stage3, seed: int) -> nn.Module:
     """The objective's networks before the first step."""
     generator = torch.Generator().manual_seed(seed)
-    return ORL(settings, generator) if isinstance(settings, Stage3) else BYOL(settings, generator)
+    if isinstance(settings, Stage3):
+        return ORL(settings, generator)
+    return {"byol": BYOL, "simclr": SimCLR, "moco": MoCo}[settings.method](settings, generator)
 
 
-def write_model(output: Path, settings: Stage1 | Stage3, model: Pair, stamp: dict[str, str]) -> None:
-    """Write backbone.safetensors (the online backbone) and model.safetensors (everything)."""
-    backbones.save(output / "backbone.safetensors", settings.network.backbone, model.online.backbone, stamp)
+def write_model(output: Path, model: Any, stamp: dict[str, str]) -> None:
+    """Write backbone.safetensors (the online backbone) and model.safetensors (everything) of an objective."""
+    online = model.online
+    backbones.save(output / "backbone.safetensors", online.network.backbone, online.backbone, stamp)
     ema.save(output / "model.safetensors", model, stamp)
 
 
 def random(config: Config, output: Path) -> None:
-    """Write the networks of stage 1 as they are before training."""
+    """Write the networks of stage 1 as they are before training (BYOL's; the backbone is that of every method)."""
     stamp = artifacts.stamp(artifacts.MODEL, used(config, "random"), {})
-    write_model(output, config.stage1, initial(config.stage1, config.seed), stamp)
+    write_model(output, BYOL(config.stage1, torch.Generator().manual_seed(config.seed)), stamp)
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that train together: those of torchrun, else this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 def train(
@@ -61,11 +104,14 @@ def train(
     threads: int = 1,
     checkpoint_minutes: float = 15,
     log_every: int = 50,
+    compile: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Train `stage` ("stage1" or "stage3") and write backbone.safetensors, model.safetensors and metrics.csv.
 
     Resumes from `output`/state if a checkpoint of the same settings, inputs and code version lies there. On the same
-    machine, with the same number of threads, the result is bit-equal to that of an undisturbed run.
+    machine, with the same number of threads, the result is bit-equal to that of an undisturbed run (on GPUs: with
+    `deterministic`, and the same number of them). Under torchrun its processes share each batch, and the `threads`.
     SIGTERM saves a checkpoint and exits 143. Raises InputError.
     """
     settings = config.stage3 if stage == "stage3" else config.stage1
@@ -76,6 +122,8 @@ def train(
             f"{stage}.optimizer.batch is {optimizer_settings.batch}, but {manifest_path} lists only {len(manifest)} "
             f"photos; make the batch smaller."
         )
+    if isinstance(settings, Stage1) and settings.method == "simclr" and optimizer_settings.accumulation > 1:
+        raise InputError(f"{stage}.optimizer.accumulation: simclr compares all photos of a batch at once; set it to 1.")
     inputs = {"manifest": artifacts.fingerprint(manifest_path)}
     dataset: ImageViews
     if isinstance(settings, Stage3):
@@ -95,44 +143,68 @@ def train(
     dataset.photo(0)  # a wrong root shows before the long work
 
     stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), inputs)
-    state = State(output / "state", stamp["fingerprint"])
-    run = _Run(config, stage, settings, dataset, threads)
-    saved = state.load()
-    if saved:
-        run.restore(saved)
-        print(f"{stage}: going on from step {run.step} of {run.total_steps} ({state.path})", file=sys.stderr)
-    elif state.others:
-        print(
-            f"{stage}: a new run: the checkpoints in {output / 'state'} are of other settings (more epochs are others, "
-            f"too), inputs or versions, and are left alone",
-            file=sys.stderr,
-        )
-    run.loop(state, checkpoint_minutes * 60, log_every)
-
-    write_model(output, settings, run.model, stamp)
-    columns = tuple(run.rows[0])
-    artifacts.write_csv(output / "metrics.csv", columns, [[row[name] for name in columns] for row in run.rows])
+    with processes() as (rank, size):
+        run = _Run(config, stage, settings, dataset, max(1, threads // size), rank, size, compile, deterministic)
+        state = State(output / "state", stamp["fingerprint"], lock=rank == 0)
+        run.loop(state, checkpoint_minutes * 60, log_every)
+        if rank == 0:
+            write_model(output, run.model, stamp)
+            columns = tuple(run.rows[0])
+            artifacts.write_csv(output / "metrics.csv", columns, [[row[name] for name in columns] for row in run.rows])
 
 
 class _Run:
     """A training in progress; everything that a checkpoint holds is in `saved` and `restore`."""
 
     def __init__(
-        self, config: Config, stage: str, settings: Stage1 | Stage3, dataset: ImageViews, threads: int
+        self,
+        config: Config,
+        stage: str,
+        settings: Stage1 | Stage3,
+        dataset: ImageViews,
+        threads: int,
+        rank: int,
+        size: int,
+        compile: bool,
+        deterministic: bool,
     ) -> None:
         self.stage, self.dataset, self.threads, self.seed = stage, dataset, threads, config.seed
-        self.schedule = settings.optimizer
+        self.schedule, self.rank, self.size = settings.optimizer, rank, size
         self.device = backbones.device()
-        self.autocast = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        if self.device.type == "cpu":
+        on_gpu = self.device.type == "cuda"
+        precision = {"auto": "bfloat16" if on_gpu else "float32"}.get(config.precision, config.precision)
+        self.autocast = torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        if not on_gpu:
             torch.set_num_threads(threads)
-        self.model = initial(settings, config.seed).to(self.device).train()
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=0.0,
-            momentum=self.schedule.momentum,
-            weight_decay=self.schedule.weight_decay,
-        )
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+        self.model: Any = initial(settings, config.seed).to(self.device).train()
+        if on_gpu:
+            self.model.to(memory_format=torch.channels_last)
+        if size > 1 and on_gpu and not isinstance(self.model, MoCo):  # whose statistics are of small groups
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.forward: Any = self.model
+        if size > 1:
+            self.forward = DistributedDataParallel(
+                self.model,
+                [self.device.index] if on_gpu else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        if compile:
+            self.forward = torch.compile(self.forward)
+        self.no_sync = self.forward.no_sync if size > 1 else nullcontext
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        options: dict[str, Any] = {"momentum": self.schedule.momentum, "weight_decay": self.schedule.weight_decay}
+        self.optimizer: torch.optim.Optimizer
+        if isinstance(self.model, SimCLR):
+            self.optimizer = LARS(trained, 0.0, **options, trust=self.schedule.lars_trust)
+        else:
+            self.optimizer = torch.optim.SGD(trained, 0.0, **options, fused=on_gpu or None)
         self.steps_per_epoch = len(dataset.manifest) // self.schedule.batch
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
         self.step = 0
@@ -144,6 +216,7 @@ class _Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "rows": self.rows,
             "sums": self.sums,
@@ -152,105 +225,211 @@ class _Run:
     def restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.step, self.rows = saved["step"], saved["rows"]
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
-    def train_step(self, views: list[Tensor], parameters: Tensor) -> None:
-        """One optimizer step on views uint8 [B, S, S, 3] with augmentation parameters [B, views, columns]."""
-        on_device = [
-            augment(view.to(self.device, non_blocking=True).permute(0, 3, 1, 2), parameters[:, number])
-            for number, view in enumerate(views)
-        ]
+    def augmented(self, views: list[Tensor], parameters: Tensor) -> list[Tensor]:
+        """The network's inputs from views uint8 [B, S, S, 3] with augmentation parameters [B, views, columns]."""
+        found: list[Tensor] = []
+        for _, group in itertools.groupby(range(len(views)), lambda number: views[number].shape):
+            numbers = list(group)  # views of one size are augmented together
+            images = torch.cat([views[number].to(self.device, non_blocking=True) for number in numbers])
+            rows = parameters[:, numbers].transpose(0, 1).flatten(0, 1)
+            found += augment(images.permute(0, 3, 1, 2), rows).chunk(len(numbers))
+        return found
+
+    def train_step(self, parts: list[list]) -> None:
+        """One optimizer step on the parts of a batch: views and their augmentation parameters."""
         rate = self.schedule.lr * self.schedule.batch / 512
         schedule = (self.schedule.epochs, rate, self.schedule.warmup_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps_per_epoch, *schedule)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            losses, projections = self.model(*on_device)
-            loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.model.update_target(momentum(self.step, self.total_steps, self.schedule.ema))
-
-        losses = {name: value.detach() for name, value in losses.items()}
-        for name, value in {**losses, "feature_std": feature_std(projections)}.items():
+        seen: dict[str, Tensor] = {}
+        for number, (views, parameters) in enumerate(parts):
+            images = self.augmented(views, parameters)
+            if isinstance(self.model, MoCo):
+                order = rng(self.seed, self.step, number, SHUFFLE).permutation(len(images[0]) * self.size)
+                images.append(torch.from_numpy(order).to(self.device, non_blocking=True))
+            with nullcontext() if number == len(parts) - 1 else self.no_sync():
+                with self.autocast:
+                    losses, projections = self.forward(*images)
+                    loss = torch.stack(list(losses.values())).sum() / len(parts)
+                self.scaler.scale(loss).backward()
+            measured = {name: value.detach() for name, value in losses.items()} | spread(projections)
+            for name, value in measured.items():
+                seen[name] = seen.get(name, 0) + value / len(parts)
+            is_first_bad = ~loss.detach().isfinite() & (self.bad_step < 0)
+            self.bad_step = torch.where(is_first_bad, self.step, self.bad_step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if isinstance(self.model, Pair):
+            self.model.update_target(self.momentum(self.step))
+        for name, value in seen.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value
-        is_first_bad = ~loss.detach().isfinite() & (self.bad_step < 0)
-        self.bad_step = torch.where(is_first_bad, self.step, self.bad_step)
         self.step += 1
 
+    def momentum(self, step: int) -> float:
+        """Of the target network, after optimizer step `step`."""
+        return (
+            self.schedule.ema if self.model.constant_momentum else momentum(step, self.total_steps, self.schedule.ema)
+        )
+
     def check_finite(self, state: State) -> None:
-        """Raise InputError if a loss was not finite, or if the last step spoilt the weights."""
-        bad = int(self.bad_step)
+        """Raise InputError, in every process, if a loss was not finite or the last step spoilt the weights."""
+        bad = self.bad_step.clone()
+        if self.size > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad < 0 and not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            bad = self.step
+            bad = torch.tensor(self.step)
         if bad >= 0:
             kept = (
                 f"the last good checkpoint is kept as {state.path}" if state.path.exists() else "nothing is saved yet"
             )
             raise InputError(
-                f"{self.stage}: the loss of step {bad} is not finite; lower {self.stage}.optimizer.lr ({kept})."
+                f"{self.stage}: the loss of step {int(bad)} is not finite; lower {self.stage}.optimizer.lr ({kept})."
             )
 
+    def means(self) -> dict[str, float]:
+        """What was measured in the epoch so far, mean over its steps and the processes."""
+        steps = (self.step - 1) % self.steps_per_epoch + 1
+        values = torch.stack(list(self.sums.values())) / steps / self.size
+        if self.size > 1:
+            dist.all_reduce(values)
+        found = dict(zip(self.sums, values.tolist(), strict=True))
+        losses = {f"loss_{name}": value for name, value in found.items() if name not in SPREAD}
+        return {"loss": sum(losses.values()), **losses, **{name: found[name] for name in SPREAD}}
+
     def end_epoch(self) -> None:
-        means = {name: float(value) / self.steps_per_epoch for name, value in self.sums.items()}
-        losses = {f"loss_{name}": value for name, value in means.items() if name != "feature_std"}
-        row = {
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            "loss": sum(losses.values()),
-            **losses,
-            "feature_std": means["feature_std"],
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "ema": momentum(self.step - 1, self.total_steps, self.schedule.ema),
-        }
+        row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **self.means()}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        if isinstance(self.model, Pair):
+            row["ema"] = self.momentum(self.step - 1)
         self.rows.append(row)
         self.sums = {}
         if row["feature_std"] < COLLAPSED:
-            print(f"{self.stage}: warning: the representation has collapsed (epoch {row['epoch']}, feature standard "
-                  f"deviation {row['feature_std']:.3f}); lower the learning rate", file=sys.stderr)  # fmt: skip
+            self.say(
+                f"warning: the representation has collapsed (epoch {row['epoch']}, feature standard deviation "
+                f"{row['feature_std']:.3f}); lower the learning rate"
+            )
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def start(self, state: State) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.size > 1:
+            dist.barrier()  # until the first process has the lock
+        saved = state.load()
+        if saved:
+            try:
+                self.restore(saved)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                detail = " ".join(str(error).split())[:120]
+                raise InputError(f"{state.path}: is of another model ({detail}); delete it to train anew.") from None
+            self.say(f"going on from step {self.step} of {self.total_steps} ({state.path})")
+        elif state.others:
+            self.say(
+                f"a new run: the checkpoints in {state.path.parent.parent} are of other settings (more epochs are "
+                f"others, too), inputs or versions, and are left alone"
+            )
 
     def loop(self, state: State, checkpoint_seconds: float, log_every: int) -> None:
         """Train to the end; saves on a clock, at epoch ends and on SIGTERM."""
-        stop = []
+        stop: list[bool] = []
         signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+        self.start(state)
+        first, parts = self.step, self.schedule.accumulation
+        photos = len(self.dataset.manifest), self.schedule.batch, self.schedule.epochs
+        batches = Batches(*photos, self.seed, first, parts, self.rank, self.size)
         # On the CPU the network needs the cores; one worker fetches ahead.
-        workers = max(1, self.threads - 1) if self.device.type == "cuda" else min(1, self.threads - 1)
-        batches = Batches(len(self.dataset.manifest), self.schedule.batch, self.schedule.epochs, self.seed, self.step)
-        last_save = began = time.monotonic()
-        first_step = self.step
-        for views, parameters in loader(self.dataset, batches, workers, self.device.type == "cuda"):
-            self.train_step(views, parameters)
-            end_of_epoch = self.step % self.steps_per_epoch == 0
-            if end_of_epoch or self.step % log_every == 0:
-                self.check_finite(state)
-            if end_of_epoch:
-                self.end_epoch()
-            if end_of_epoch or stop or time.monotonic() - last_save > checkpoint_seconds:
-                self.check_finite(state)
-                state.save(self.saved())
-                last_save = time.monotonic()
-            if self.step % log_every == 0 or self.step == self.total_steps:
-                self.log(time.monotonic() - began, self.step - first_step)
-            if stop:
-                break
-        if stop and self.step < self.total_steps:
-            print(f"{self.stage}: stopped at step {self.step}; run again to go on", file=sys.stderr)
+        on_gpu = self.device.type == "cuda"
+        workers = max(1, self.threads - 1) if on_gpu else min(1, self.threads - 1)
+        clock, last_save = _Clock(), time.monotonic()
+        with (
+            Loader(self.dataset, batches, workers, on_gpu) as found,
+            tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
+            SummaryWriter(state.path.parent / "tensorboard", purge_step=first + 1)
+            if self.rank == 0
+            else nullcontext() as board,
+        ):
+            while self.step < self.total_steps:
+                with clock.waiting():
+                    batch = [next(found) for _ in range(parts)]
+                self.train_step(batch)
+                bar.update()
+                asked = torch.tensor([bool(stop), time.monotonic() - last_save > checkpoint_seconds], dtype=torch.int32)
+                if self.size > 1:
+                    dist.all_reduce(asked, dist.ReduceOp.MAX)  # all processes save and stop at the same step
+                save = self.step % self.steps_per_epoch == 0 or bool(asked.any())
+                log = self.step % log_every == 0 or self.step == self.total_steps
+                if save or log:
+                    self.check_finite(state)
+                if log:
+                    self.log(self.means(), clock.lap(self.step - first), bar, board)
+                if self.step % self.steps_per_epoch == 0:
+                    self.end_epoch()
+                if save and self.rank == 0:
+                    state.save(self.saved())
+                if save:
+                    last_save = time.monotonic()
+                if asked[0]:
+                    break
+        if self.step < self.total_steps:
+            self.say(f"stopped at step {self.step}; run again to go on")
             sys.exit(128 + signal.SIGTERM)
+        if self.step > first:
+            seconds, wait = clock.total()
+            trained = (self.step - first) * self.schedule.batch
+            self.say(
+                f"done: {trained} photos in {seconds:.0f} s ({trained / seconds:.0f} photos/s, data wait {wait:.0%}), "
+                f"{_peak_memory(self.device)}"
+            )
 
-    def log(self, seconds: float, steps: int) -> None:
-        done = self.step % self.steps_per_epoch
-        if done:
-            loss = sum(float(value) for name, value in self.sums.items() if name != "feature_std") / done
-            spread = float(self.sums["feature_std"]) / done
-        else:
-            loss, spread = self.rows[-1]["loss"], self.rows[-1]["feature_std"]
-        rate = steps * self.schedule.batch / seconds
-        left = (self.total_steps - self.step) / steps * seconds
-        print(
-            f"{self.stage}: step {self.step}/{self.total_steps}, epoch {self.step / self.steps_per_epoch:.1f}, "
-            f"loss {loss:.3f}, feature std {spread:.2f}, {rate:.0f} photos/s, {left / 60:.1f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
+    def log(self, means: dict[str, float], lap: tuple[int, float, float], bar: tqdm, board: Any) -> None:
+        steps, seconds, wait = lap
+        rate, left = steps * self.schedule.batch / seconds, (self.total_steps - self.step) / steps * seconds
+        text = f"loss {means['loss']:.3f}, feature std {means['feature_std']:.2f}, "
+        text += f"{rate:.0f} photos/s, data wait {wait:.0%}"
+        bar.set_postfix_str(text)
+        if bar.disable:
+            epoch = self.step / self.steps_per_epoch
+            self.say(f"step {self.step}/{self.total_steps}, epoch {epoch:.1f}, {text}, {left / 60:.1f} min left")
+        if board:
+            for name, value in {**means, "photos_per_second": rate, "data_wait": wait}.items():
+                board.add_scalar(f"{self.stage}/{name}", value, self.step)
+
+
+class _Clock:
+    """How long a training takes, and which share of it waits for data; in all and since the last lap."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.waited = 0.0
+        self.last = (0, self.began, 0.0)  # steps, time and waiting at the last lap
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def lap(self, steps: int) -> tuple[int, float, float]:
+        """Steps, seconds and share of waiting since the last lap, of which `steps` is the number since the start."""
+        now, (before, start, waited) = time.monotonic(), self.last
+        self.last = (steps, now, self.waited)
+        return steps - before, now - start, (self.waited - waited) / (now - start)
+
+    def total(self) -> tuple[float, float]:
+        seconds = time.monotonic() - self.began
+        return seconds, self.waited / seconds
+
+
+def _peak_memory(device: torch.device) -> str:
+    """On Linux."""
+    if device.type == "cuda":
+        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"

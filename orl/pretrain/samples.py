@@ -4,12 +4,18 @@ Every random number derives from (seed, epoch, photo, view), so that neither the
 interruption changes a sample. A sample's key is (epoch, row of the manifest).
 """
 
+import os
+import shutil
 import signal
 from collections.abc import Iterator
+from ctypes import Array
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from orl import InputError
 from orl.artifacts import Correspondences, Manifest, Proposals
 from orl.config import Stage1, Stage3
 from orl.data.decode import Exif, resize_crop
@@ -18,25 +24,42 @@ from orl.data.views import Box, jitter_box, random_resized_crop, rng
 from orl.pretrain.augment import draw
 
 Sample = tuple[tuple[np.ndarray, ...], np.ndarray]
-ORDER, CHOICE = 100, 101  # numbers that no view has: the order of an epoch, the choices of a sample
+ORDER, CHOICE, SHUFFLE = 100, 101, 102  # numbers that no view has: of an epoch's order, a sample's choices, MoCo
+PREFETCH = 2  # batches that each worker prepares ahead
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of keys from step `start` to the end of training; an epoch's last, smaller batch is dropped."""
+    """This process's batches of keys from optimizer step `start` on; an epoch's last, smaller batch is dropped.
 
-    def __init__(self, photos: int, batch: int, epochs: int, seed: int, start: int = 0) -> None:
+    A step's `batch` photos are cut into `parts` (gradient accumulation), and each part among the `size` processes.
+    """
+
+    def __init__(
+        self,
+        photos: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        parts: int = 1,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         self.photos, self.batch, self.epochs, self.seed, self.start = photos, batch, epochs, seed, start
+        self.parts, self.rank, self.size = parts, rank, size
         self.steps_per_epoch = photos // batch
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs - self.start
+        return (self.steps_per_epoch * self.epochs - self.start) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.start // self.steps_per_epoch, self.epochs):
             order = rng(self.seed, epoch, 0, ORDER).permutation(self.photos)
             first = max(0, self.start - epoch * self.steps_per_epoch)
             for step in range(first, self.steps_per_epoch):
-                yield [(epoch, int(row)) for row in order[step * self.batch : (step + 1) * self.batch]]
+                rows = order[step * self.batch : (step + 1) * self.batch].reshape(self.parts, self.size, -1)
+                for part in rows[:, self.rank]:
+                    yield [(epoch, int(row)) for row in part]
 
 
 class ImageViews(Dataset):
@@ -45,8 +68,15 @@ class ImageViews(Dataset):
     def __init__(self, root: str, manifest: Manifest, exif: Exif, settings: Stage1 | Stage3, seed: int) -> None:
         self.root, self.manifest, self.exif = root, manifest, exif
         self.settings, self.seed = settings, seed
+        self.at: Array | None = None  # where each worker notes the row that it is at
+
+    def bytes_per_photo(self) -> int:
+        """Size of a sample's views."""
+        return 2 * 3 * self.settings.views.size**2
 
     def photo(self, row: int) -> np.ndarray:
+        if self.at and (worker := get_worker_info()):
+            self.at[worker.id] = row
         return load(self.root, self.manifest, row, self.exif)
 
     def global_views(self, photo: np.ndarray, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -83,6 +113,9 @@ class ObjectViews(ImageViews):
         super().__init__(root, manifest, exif, settings, seed)
         self.proposals, self.correspondences = proposals, correspondences
 
+    def bytes_per_photo(self) -> int:
+        return super().bytes_per_photo() + 4 * 3 * self.settings.patch**2
+
     def box(self, row: int, number: int) -> Box:
         x, y, w, h = self.proposals.box[self.proposals.box_offsets[row] + number].tolist()
         return x, y, w, h
@@ -112,27 +145,58 @@ def _sample(cuts: list[tuple[np.ndarray, np.ndarray]]) -> Sample:
     return images, np.stack(parameters)
 
 
+class Loader:
+    """Batches in order: views uint8 [B, S, S, 3] each, and parameters float32 [B, views, columns].
+
+    Inside a `with`, whose end also ends the worker processes. Raises InputError: too little shared memory, or a
+    worker that dies (out of memory, a fault in a library), with the photo that it was at.
+    """
+
+    def __init__(self, dataset: ImageViews, batches: Batches, workers: int, pin: bool) -> None:
+        self.dataset = dataset
+        self.at = get_context("fork").RawArray("q", max(1, workers))  # the row that each worker is at
+        dataset.at = self.at
+        if workers:
+            photos = batches.batch // batches.parts // batches.size
+            _check_shared_memory(dataset.bytes_per_photo() * photos * (PREFETCH * workers + 1), workers)
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=pin,
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_start_worker,
+        )
+
+    def __enter__(self) -> Iterator[list]:
+        self.found: Any = iter(self.loader)
+        return self.found
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not self.loader.num_workers:
+            return
+        dead = [number for number, worker in enumerate(self.found._workers) if not worker.is_alive()]
+        self.found._shutdown_workers()  # else Python waits for workers as long as they heed no SIGTERM
+        if isinstance(error, RuntimeError) and dead and not isinstance(error, InputError):
+            path = os.path.join(self.dataset.root, str(self.dataset.manifest.path[self.at[dead[0]]]))
+            raise InputError(
+                f"{path}: a worker process died at this photo (or its neighbour), for want of memory or by a fault in "
+                f"decoding; use fewer --threads or remove the photo."
+            ) from None
+
+
 def _start_worker(_: int) -> None:
     # A cluster signals every process of a job: the workers must serve until the main one has saved (20 s at most).
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def loader(dataset: Dataset, batches: Batches, workers: int, pin: bool) -> Iterator[list]:
-    """Batches in order: views uint8 [B, S, S, 3] each, and parameters [B, views, columns]."""
-    found = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
-            multiprocessing_context="fork" if workers else None,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=_start_worker,
+def _check_shared_memory(needed: int, workers: int, folder: str = "/dev/shm") -> None:
+    """Raise InputError where the batches of the workers would not fit: they would die without a word."""
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else needed
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 1e6:.0f} MB are free, but the batches of {workers} workers take {needed / 1e6:.0f}; "
+            f"enlarge it (Docker: --shm-size), or use fewer --threads or a smaller batch."
         )
-    )
-    try:
-        yield from found
-    finally:
-        if workers:  # at once, also after an error: else Python waits for them as long as they heed no SIGTERM
-            found._shutdown_workers()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Training through its public function and command: files, resuming, faults."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -8,16 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 
 from orl import InputError
-from orl.config import parse
-from orl.pretrain import loop
+from orl.config import merge, parse
+from orl.networks.ema import load_encoder
+from orl.pretrain import loop, samples
 from orl.pretrain.checkpoint import State
+from orl.pretrain.samples import ImageViews
 
 CONFIG = {
     "seed": 1,
@@ -70,7 +75,7 @@ def test_the_files_of_a_training(train, manifest, photos):
 def test_training_equals_a_plain_loop(train, photos, manifest):
     """Optimizer, schedule and EMA against the equations, with torch's own pieces put together by hand."""
     from orl.pretrain.augment import augment
-    from orl.pretrain.samples import Batches, ImageViews, loader
+    from orl.pretrain.samples import Batches, Loader
 
     settings = parse(CONFIG).stage1
     torch.set_num_threads(1)
@@ -80,7 +85,9 @@ def test_training_equals_a_plain_loop(train, photos, manifest):
     buffers = [torch.zeros_like(p) for p in online]
     per_epoch = len(manifest) // 4
     dataset = ImageViews(str(photos), manifest, "ignore", settings, 1)
-    for step, (views, parameters) in enumerate(loader(dataset, Batches(len(manifest), 4, 3, 1), 0, False)):
+    with Loader(dataset, Batches(len(manifest), 4, 3, 1), 0, False) as found:
+        batches = list(found)
+    for step, (views, parameters) in enumerate(batches):
         x = [augment(view.permute(0, 3, 1, 2), parameters[:, i]) for i, view in enumerate(views)]
         model.zero_grad()
         model(*x)[0]["global"].backward()
@@ -154,8 +161,6 @@ def test_changed_settings_start_anew_and_lose_nothing(train, capsys):
 
 
 def command(photos, manifest_path, output, *extra):
-    import json
-
     return [sys.executable, "-m", "orl", "pretrain", "--stage", "stage1", "--settings", json.dumps(CONFIG),
             "--root", str(photos), "--manifest", str(manifest_path), "--output", str(output),
             "--threads", "2", *extra]  # fmt: skip
@@ -194,6 +199,200 @@ def test_a_killed_command_resumes_bit_equal(photos, manifest_path, tmp_path, kin
     assert not list(broken.rglob("*.tmp")) or kind == signal.SIGKILL
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_moments_change_nothing(photos, manifest_path, tmp_path, seed):
+    def run(output):
+        arguments = command(photos, manifest_path, output, "--checkpoint-minutes", "0")
+        arguments[arguments.index("--settings") + 1] = json.dumps(LONGER)
+        return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+
+    whole = run(tmp_path / "whole")
+    broken, moments = tmp_path / "broken", np.random.default_rng(seed)
+    for _ in range(3):
+        process = run(broken)
+        before = checkpoints(broken)
+        while checkpoints(broken) == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    last = run(broken)
+    assert last.wait(120) == whole.wait(120) == 0
+    assert "going on from step" in last.stderr.read()
+    assert_equal_models(broken, tmp_path / "whole")
+
+
+LONGER = merge(CONFIG, {"stage1": {"optimizer": {"epochs": 12}}})
+
+
+def checkpoints(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("state/*/checkpoint.pt")}
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_every_method_trains_and_resumes_bit_equal(train, monkeypatch, method):
+    stage1 = merge(CONFIG["stage1"], {"method": method, "queue": 16, "shuffled_batch": 2})
+    undisturbed = train("undisturbed", {"stage1": stage1})
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train("broken", {"stage1": stage1}, checkpoint_minutes=0)
+    assert_equal_models(train("broken", {"stage1": stage1}), undisturbed)
+    (row, *_) = csv.DictReader((undisturbed / "metrics.csv").open())
+    assert float(row["loss_contrast"]) > 0
+    assert ("ema" in row) == (method == "moco")
+    assert load_encoder(undisturbed / "model.safetensors").head == method
+    assert (undisturbed / "backbone.safetensors").read_bytes() != (train("byol") / "backbone.safetensors").read_bytes()
+
+
+def evaluation_mode(monkeypatch):
+    """BatchNorm by its running statistics: else its statistics are of a part, and on the CPU of a process."""
+    original = loop.initial
+    monkeypatch.setattr(loop, "initial", lambda *args: frozen(original(*args)))
+
+
+def frozen(model):
+    def train(mode=True):
+        torch.nn.Module.train(model, mode)
+        for part in model.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                part.eval()
+        return model
+
+    model.train = train
+    return model
+
+
+def assert_near_models(a, b):
+    start = loop.initial(parse(CONFIG).stage1, 1).state_dict()
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert max(float((first[name] - value).norm()) for name, value in start.items()) > 0.01
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulation_changes_statistics_only(train, monkeypatch):
+    evaluation_mode(monkeypatch)
+    stage1 = merge(CONFIG["stage1"], {"optimizer": {"lr": 1.0, "accumulation": 1}})
+    halves = merge(stage1, {"optimizer": {"accumulation": 2}})
+    assert_near_models(train("whole", {"stage1": stage1}), train("halves", {"stage1": halves}))
+
+
+def test_simclr_refuses_accumulation(train):
+    stage1 = merge(CONFIG["stage1"], {"method": "simclr", "optimizer": {"accumulation": 2}})
+    with pytest.raises(InputError, match=r"stage1\.optimizer\.accumulation: simclr compares all photos"):
+        train(change={"stage1": stage1})
+
+
+TWO = """
+import sys
+from pathlib import Path
+import pytest, torch
+sys.path.insert(0, {tests!r})
+import test_loop
+from orl.config import parse
+config = parse(test_loop.merge(test_loop.CONFIG, {{"stage1": {{"optimizer": {{"lr": 1.0}}}}}}))
+with pytest.MonkeyPatch.context() as patch:
+    test_loop.evaluation_mode(patch)
+    test_loop.loop.train(config, "stage1", {photos!r}, {manifest!r}, Path({output!r}), threads=2, log_every=2)
+"""
+
+
+def test_two_processes_train_as_one(train, monkeypatch, photos, manifest_path, tmp_path):
+    script, output = tmp_path / "two.py", tmp_path / "two"
+    script.write_text(
+        TWO.format(
+            tests=str(Path(__file__).parent), photos=str(photos), manifest=str(manifest_path), output=str(output)
+        )
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stage1: done: ") == 1  # the first process speaks for both
+    evaluation_mode(monkeypatch)
+    one = train("one", {"stage1": merge(CONFIG["stage1"], {"optimizer": {"lr": 1.0}})})
+    assert_near_models(one, output)
+    rows = [list(csv.DictReader((folder / "metrics.csv").open())) for folder in (one, output)]
+    for a, b in zip(*rows, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_the_photo_at_which_a_worker_dies_is_named(train, monkeypatch, photos, manifest):
+    original, victim = ImageViews.photo, 3
+
+    def photo(self, row):
+        found = original(self, row)
+        if row == victim and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)  # as when the system wants memory
+        return found
+
+    monkeypatch.setattr(ImageViews, "photo", photo)
+    with pytest.raises(InputError, match=re.escape(str(photos / str(manifest.path[victim])))):
+        train(threads=2)
+
+
+def test_too_little_shared_memory_is_said_before_the_workers_die(train, monkeypatch):
+    monkeypatch.setattr(samples.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"/dev/shm: 0 MB are free, but the batches of 1 workers take"):
+        train(threads=2)
+
+
+def test_a_disk_that_is_full_keeps_the_old_checkpoint(photos, manifest_path, tmp_path):
+    """A real limit of the system on the size of files stands for the full disk."""
+    output = tmp_path / "model"
+    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000000, 1000000)); "
+    limited += "from orl.cli import main; main(sys.argv[1:])"
+    arguments = command(photos, manifest_path, output)
+    done = subprocess.run([sys.executable, "-c", limited, *arguments[3:]], capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "checkpoint" in done.stderr.splitlines()[-1]
+    assert not list(output.rglob("*.pt")) + list(output.rglob("*.tmp"))
+
+
+def test_a_checkpoint_of_another_model_is_named(train):
+    output = train()
+    (path,) = output.glob("state/*/checkpoint.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["model"]["predictor.0.weight"]
+    torch.save(saved, path)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}: is of another model"):
+        train()
+
+
+def test_curves_are_written_for_tensorboard(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = train(log_every=1)
+    (folder,) = output.glob("state/*/tensorboard")
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"stage1/loss", "stage1/feature_std", "stage1/photos_per_second"} <= set(events.Tags()["scalars"])
+    rows = list(csv.DictReader((output / "metrics.csv").open()))
+    scalars = {event.step: event.value for event in events.Scalars("stage1/loss")}
+    for row in rows:
+        assert scalars[int(row["step"])] == pytest.approx(float(row["loss"]), rel=1e-5)
+
+
+def test_the_log_tells_speed_waiting_and_totals(train, capsys):
+    train(log_every=2)
+    lines = capsys.readouterr().err.splitlines()
+    number = r"[\d.]+"
+    assert re.fullmatch(
+        rf"stage1: step 2/6, epoch 1\.0, loss {number}, feature std {number}, \d+ photos/s, data wait \d+%, {number} min left",
+        lines[0],
+    )
+    assert re.fullmatch(
+        rf"stage1: done: 24 photos in \d+ s \(\d+ photos/s, data wait \d+%\), peak memory {number} GB", lines[-1]
+    )
+
+
+def test_float16_trains_to_nearly_the_same(train):
+    full = load_file(train("full") / "backbone.safetensors")["conv1.weight"]
+    half = load_file(train("half", change={"precision": "float16"}) / "backbone.safetensors")["conv1.weight"]
+    assert 0 < (full - half).norm() < 0.5 * full.norm()
+
+
 def test_two_trainings_on_one_folder_are_refused(train, tmp_path):
     held = State(tmp_path / "model" / "state", "0" * 64)
     with pytest.raises(InputError, match="another training runs there"):
@@ -227,11 +426,11 @@ def test_a_checkpoint_that_runs_code_is_refused(train):
 def test_a_loss_that_is_not_finite_stops_naming_the_step(train, monkeypatch):
     original = loop._Run.train_step
 
-    def train_step(self, views, parameters):
+    def train_step(self, parts):
         if self.step == 4:
             with torch.no_grad():
                 self.model.online.backbone.conv1.weight.fill_(float("nan"))
-        original(self, views, parameters)
+        original(self, parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "train_step", train_step)
@@ -244,8 +443,8 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(train, monkeypatch):
     """The loss of a step is taken before its update, and says nothing of the weights after it."""
     original = loop._Run.train_step
 
-    def train_step(self, views, parameters):
-        original(self, views, parameters)
+    def train_step(self, parts):
+        original(self, parts)
         if self.step == self.total_steps:
             with torch.no_grad():
                 self.model.online.backbone.conv1.weight[0] = float("inf")

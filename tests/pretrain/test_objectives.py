@@ -5,7 +5,7 @@ import torch
 
 from orl.config import Network, Stage1, Stage3
 from orl.pretrain.byol import BYOL, regression
-from orl.pretrain.loop import feature_std
+from orl.pretrain.loop import spread
 from orl.pretrain.orl import ORL
 
 NETWORK = Network(backbone="resnet10", hidden=16, projection=8)
@@ -103,10 +103,35 @@ def test_target_starts_as_a_copy_and_trains_its_own_statistics():
     assert model.target.backbone.bn1.running_mean.abs().sum() > 0
 
 
-def test_feature_std_tells_collapse_from_spread():
-    spread = torch.randn(2, 4096, 64, generator=generator())
-    assert feature_std(spread) == pytest.approx(1, abs=0.02)
-    assert feature_std(torch.ones(2, 32, 64)) == pytest.approx(0, abs=1e-5)
-    one_axis = torch.sign(torch.randn(2, 4096, 1, generator=generator())) * torch.ones(64)
-    assert feature_std(one_axis) == pytest.approx(1, abs=0.02)  # ± one direction is spread, by this figure
-    assert math.isfinite(feature_std(torch.zeros(2, 8, 4)))
+def test_spread_tells_collapse_from_evenly_spread_directions():
+    even = spread(torch.randn(2, 4096, 64, generator=generator()))
+    assert even["feature_std"] == pytest.approx(1, abs=0.02)
+    assert even["alignment"] == pytest.approx(2, abs=0.02)  # the two views have nothing in common
+    collapsed = spread(torch.ones(2, 32, 64))
+    assert {name: float(value) for name, value in collapsed.items()} == pytest.approx(
+        {"feature_std": 0, "alignment": 0, "uniformity": 0}, abs=1e-5
+    )
+    one_axis = torch.ones(2, 32, 64) * torch.tensor([1.0, -1.0]).repeat(16).view(1, 32, 1)
+    assert spread(one_axis)["feature_std"] == pytest.approx(1, abs=0.02)  # ± one direction is spread, by this figure
+    assert all(math.isfinite(value) for value in spread(torch.zeros(2, 8, 4)).values())
+
+
+def test_alignment_and_uniformity_against_their_equations():
+    x = torch.randn(2, 6, 5, generator=generator())
+    unit = x / x.norm(dim=2, keepdim=True)
+    alignment = sum(float((a - b) @ (a - b)) for a, b in zip(*unit, strict=True)) / 6
+    pairs = [
+        math.exp(-2 * float((a - b) @ (a - b))) for i, a in enumerate(unit[0]) for j, b in enumerate(unit[0]) if i != j
+    ]
+    found = spread(x)
+    assert found["alignment"] == pytest.approx(alignment, rel=1e-5)
+    assert found["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
+
+
+def test_a_loss_of_weight_0_costs_and_trains_nothing():
+    model = ORL(Stage3(network=NETWORK, intra_weight=0), generator()).train()
+    views = [torch.randn(4, 3, side, side, generator=generator()) for side in (48, 48, 32, 32, 32, 32)]
+    losses, _ = model(*views)
+    assert list(losses) == ["global", "inter"]
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP demands

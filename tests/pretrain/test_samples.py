@@ -6,7 +6,7 @@ from orl import artifacts
 from orl.config import Stage1, Stage3
 from orl.data.decode import decode, resize_crop
 from orl.data.views import iou
-from orl.pretrain.samples import Batches, ImageViews, ObjectViews, loader
+from orl.pretrain.samples import Batches, ImageViews, Loader, ObjectViews
 
 SETTINGS = Stage3.model_validate({"views": {"size": 32}, "patch": 24})
 
@@ -88,7 +88,8 @@ def test_every_sample_is_its_key_alone(run, photos, manifest):
 
     def all_batches(workers, start):
         batches = Batches(count, 2, 2, seed=3, start=start)
-        return [([v.clone() for v in views], p.clone()) for views, p in loader(dataset, batches, workers, False)]
+        with Loader(dataset, batches, workers, False) as found:
+            return [([v.clone() for v in views], p.clone()) for views, p in found]
 
     whole = all_batches(0, 0)
     assert len(whole) == 2 * (count // 2)
