@@ -36,6 +36,9 @@ class Encoder(nn.Module):
 class Pair(nn.Module):
     """An online encoder, and a target that follows its parameters and gets no gradient (BYOL)."""
 
+    constant_momentum = False
+    """Whether the EMA's momentum stays as it is, rather than rise to 1 on a cosine."""
+
     def __init__(self, network: Network, generator: torch.Generator, head: Head = "byol") -> None:
         super().__init__()
         self.online = Encoder(network, head)
