@@ -31,8 +31,12 @@ class State:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically: the old one survives a failure."""
-        with artifacts.atomic(self.path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with artifacts.atomic(self.path) as temporary:
+                torch.save(state, temporary)
+        except RuntimeError as error:  # as torch puts a failed write
+            raise OSError(f"{self.path}: the checkpoint cannot be written; is the disk full? Free space and run "
+                          f"again: the one before it is kept ({str(error).splitlines()[0]}).") from None  # fmt: skip
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint on the CPU, or None. Raises InputError if it is damaged."""
