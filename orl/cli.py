@@ -37,6 +37,11 @@ def _pretrain(args: argparse.Namespace, config: Config) -> None:
     if args.stage == "random":
         loop.random(config, Path(args.output))
         return
+    if args.stage == "stage1" and config.stage1.weights:
+        from orl.pretrain import given
+
+        given.write(config, Path(args.output))
+        return
     loop.train(
         config,
         args.stage,

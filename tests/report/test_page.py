@@ -277,6 +277,18 @@ def test_smallest_run(tmp_path: Path, count: int, k: int) -> None:
     assert len([uri for uri in page.images if "jpeg" in uri]) >= count * (1 + k)
 
 
+def test_a_model_that_was_not_trained_has_no_curves(tmp_path: Path) -> None:
+    """Weights that were given have a metrics.csv without rows."""
+    run = Run(tmp_path)
+    run.add_metrics("stage1", ["global"], 0)
+    page = Page(run.write())
+    assert "No training was recorded." in page.text
+    run.add_metrics("orl", ["global", "intra", "inter"], 3)
+    page = Page(run.write())
+    assert "Loss of orl" in page.text
+    assert "stage1" not in page.text
+
+
 def test_odd_results(tmp_path: Path) -> None:
     """One model only, no stage 1, no classes; a training without an epoch; a photo without boxes or pairs."""
     run = Run(tmp_path, 2, 1, size=120)

@@ -198,6 +198,62 @@ def test_an_interrupted_stage_reruns_alone(copy):
     assert plan(copy, TINY) == {}
 
 
+def weights(path, seed=0):
+    """A resnet10 and its projector, saved as the authors' release does."""
+    import torch
+
+    from orl.networks import backbones
+    from orl.networks.heads import mlp
+
+    torch.manual_seed(seed)
+    nets = {"online_net.0.": backbones.backbone("resnet10"), "online_net.1.mlp.": mlp(512, 16, 8)}
+    state = {f"{prefix}{key}": value for prefix, net in nets.items() for key, value in net.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"meta": {}, "state_dict": {**state, "head.weight": torch.ones(1)}}, path)
+    return str(path)
+
+
+def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
+    """Stage 1 is made from the file, and everything after it again; the photos and their boxes stay."""
+    after = {"embed": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 2}
+    file = weights(tmp_path / "it's given" / "orl.pth")
+    config = changed(stage1={"weights": file})
+    done = snakemake(copy, config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
+    assert {rule: ran.count(rule) for rule in ran if rule != "all"} == {"stage1": 1, **after}
+    results = copy / "results" / "tiny"
+    stage1 = results / "models" / "stage1"
+    assert "layout ORL" in (results / "logs" / "stage1.log").read_text()
+    assert len((stage1 / "metrics.csv").read_text().splitlines()) == 1
+    inputs = json.loads(artifacts.attributes(stage1 / "model.safetensors")["inputs"])
+    assert inputs == {"weights": artifacts.fingerprint(file)}
+    assert artifacts.read_embeddings(results / "discovery" / "embeddings.h5").embedding.shape == (24, 8)
+    page = (results / "report" / "index.html").read_text()
+    assert "Loss of orl" in page
+    assert "Loss of stage1" not in page
+
+    assert plan(copy, config) == {}
+    assert plan(copy, changed(stage1={"weights": file, "optimizer": {"epochs": 3}}, stage3=TINY["stage1"])) == {}
+    other = weights(tmp_path / "other.pth", 1)
+    assert plan(copy, changed(stage1={"weights": other})) == {"stage1": 1, **after}
+    assert plan(copy, changed(stage1={"weights": other}), "--until", "stage1") == {"stage1": 1}
+    assert plan(copy, changed(stage1={"weights": file}, variants={"o": {"stage1": {"weights": other}}})) == {
+        "stage1": 1,
+        **after,
+    }
+    trained = changed(stage1={"weights": file}, variants={"trained": {"stage1": {"weights": None}}})
+    assert plan(copy, trained) == {"stage1": 1, **after}
+    weights(tmp_path / "it's given" / "orl.pth", 1)  # another content under the same name
+    assert plan(copy, config) == {"stage1": 1, **after}
+
+
+def test_given_weights_need_no_photos(tmp_path):
+    config = changed(stage1={"weights": weights(tmp_path / "orl.pth")})
+    assert plan(tmp_path, config, "--until", "stage1") == {"stage1": 1}
+    assert plan(tmp_path, TINY, "--until", "stage1") == {"scenes": 1, "manifest": 1, "stage1": 1}
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
@@ -208,6 +264,8 @@ def test_an_interrupted_stage_reruns_alone(copy):
         ({"variants": {"a": {"neighbors": {"kay": 3}}}}, "config, variant a: unknown key 'neighbors.kay'"),
         ({"variants": {"a": {"data": {"layout": "coco"}}}}, "variants.a: 'data' is the same for all variants"),
         ({"downstream": {"voc07_svm": {"root": "nowhere"}}}, "'nowhere' is no folder"),
+        ({"stage1": {"weights": "nowhere.pth"}}, "stage1.weights: 'nowhere.pth' is no file"),
+        ({"variants": {"a": {"stage1": {"weights": "nowhere.pth"}}}}, "stage1.weights: 'nowhere.pth' is no file"),
     ],
 )
 def test_bad_settings_end_before_any_work(tmp_path, config, sentence):

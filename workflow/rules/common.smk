@@ -38,7 +38,7 @@ UPSTREAM = {
     "manifest": (),
     "random": (),
     "stage1": ("manifest",),
-    "embeddings": ("stage1",),
+    "embeddings": ("manifest", "stage1"),
     "proposals": ("manifest",),
     "neighbors": ("embeddings",),
     "rois": ("stage1", "proposals"),
@@ -74,11 +74,17 @@ except (OSError, ValueError):
     HELD = {}
 
 
+def given(variant):
+    """The file of weights that a variant uses instead of training stage 1, or None."""
+    return VARIANTS[variant].stage1.weights
+
+
 @cache
 def digest(stage, variant):
     """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
     whole = [settings.used(VARIANTS[variant], stage.split()[0])]
-    whole += [digest(upstream, variant) for upstream in UPSTREAM[stage]]
+    if not (stage == "stage1" and given(variant)):  # given weights need no photos
+        whole += [digest(upstream, variant) for upstream in UPSTREAM[stage]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,6 +184,10 @@ def scores():
 
 
 for name in VARIANTS:
+    if given(name) and not Path(given(name)).is_file():
+        stop(
+            f"config: stage1.weights: {given(name)!r} is no file; name a file of weights."
+        )
     root = VARIANTS[name].downstream.voc07_svm.root
     if root and not Path(root).is_dir():
         stop(

@@ -14,7 +14,7 @@ rule random:
 
 rule stage1:
     input:
-        manifest=of("manifest"),
+        lambda wildcards: given(wildcards.v[1:] or None) or of("manifest")(wildcards),
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
@@ -25,16 +25,20 @@ rule stage1:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
     threads: COMPUTE.threads
     resources:
-        gpu=COMPUTE.gpus,
+        gpu=lambda wildcards: 0 if given(wildcards.v[1:] or None) else COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
         log_every=COMPUTE.log_every,
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
-        root=ROOT,
+        photos=lambda wildcards, input: (
+            []
+            if given(wildcards.v[1:] or None)
+            else ["--root", ROOT, "--manifest", *input]
+        ),
     shell:
-        "orl pretrain --stage stage1 --settings {params.settings:q} --root {params.root:q} "
-        "--manifest {input.manifest:q} --output $(dirname {output.backbone:q}) --threads {threads} "
+        "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
+        "--output $(dirname {output.backbone:q}) --threads {threads} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 
 

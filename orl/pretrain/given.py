@@ -1,0 +1,31 @@
+"""Stage 1 from given weights: the files that training would have written, of a network trained elsewhere."""
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from orl import InputError, artifacts
+from orl.config import Config, used
+from orl.networks import backbones, ema, weights
+
+COLUMNS = ("epoch", "step", "loss", "loss_global", "feature_std", "lr", "ema")  # of a training's metrics.csv
+
+
+def write(config: Config, output: Path) -> None:
+    """Write backbone.safetensors, model.safetensors (the online encoder only) and a metrics.csv without rows.
+
+    Says on stderr what `stage1.weights` was recognised as. Raises InputError, having written nothing.
+    """
+    path = config.stage1.weights
+    if not path:
+        raise InputError("stage1.weights is not given; name a file of weights.")
+    found = weights.read(path)
+    embeds = "" if found.encoder.head else "; embeddings will be its pooled features"
+    print(f"stage1: no training; {path}: {found.recognised}{embeds}", file=sys.stderr)
+    stamp = artifacts.stamp(artifacts.MODEL, used(config, "stage1"), {"weights": found.sha256})
+    model = nn.Module()
+    model.online = found.encoder
+    backbones.save(output / "backbone.safetensors", found.encoder.network.backbone, found.encoder.backbone, stamp)
+    ema.save(output / "model.safetensors", model, stamp)
+    artifacts.write_csv(output / "metrics.csv", COLUMNS, [])
