@@ -7,9 +7,10 @@ from torch import nn
 
 from orl import InputError, artifacts
 from orl.config import Config, used
-from orl.networks import backbones, ema, weights
+from orl.networks import weights
+from orl.pretrain.loop import write_model
 
-COLUMNS = ("epoch", "step", "loss", "loss_global", "feature_std", "lr", "ema")  # of a training's metrics.csv
+COLUMNS = ("epoch", "step", "loss", "feature_std", "lr")  # that every metrics.csv has
 
 
 def write(config: Config, output: Path) -> None:
@@ -26,6 +27,5 @@ def write(config: Config, output: Path) -> None:
     stamp = artifacts.stamp(artifacts.MODEL, used(config, "stage1"), {"weights": found.sha256})
     model = nn.Module()
     model.online = found.encoder
-    backbones.save(output / "backbone.safetensors", found.encoder.network.backbone, found.encoder.backbone, stamp)
-    ema.save(output / "model.safetensors", model, stamp)
+    write_model(output, model, stamp)
     artifacts.write_csv(output / "metrics.csv", COLUMNS, [])

@@ -52,7 +52,7 @@ def test_the_command_writes_what_training_would(tmp_path, capsys):
         "metrics.csv",
         "model.safetensors",
     ]
-    assert (output / "metrics.csv").read_text() == "epoch,step,loss,loss_global,feature_std,lr,ema\n"
+    assert (output / "metrics.csv").read_text() == "epoch,step,loss,feature_std,lr\n"
     images = torch.randn(2, 3, 40, 40)
     with torch.inference_mode():
         torch.testing.assert_close(backbones.load(output / "backbone.safetensors")(images), model[0](images))
