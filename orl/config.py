@@ -107,6 +107,8 @@ class Views(Section):
     """Range of the blur's radius (Pillow's standard deviation), pixels of the view."""
     solarize_p: tuple[Probability, Probability] = (0.0, 0.2)
     """Probability of solarisation at threshold 128."""
+    reduced_decode: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 where all crops of a sample allow it: faster, slightly other pixels."""
 
 
 class Optimizer(Section):
@@ -508,12 +510,34 @@ def table(model: type[BaseModel] = Config, prefix: str = "") -> str:
     return "\n".join(rows)
 
 
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    return {
+        key: value
+        for name, inner in values.items()
+        for key, value in (
+            _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+        ).items()
+    }
+
+
+def methods_table() -> str:
+    """The defaults of the methods of stage 1 that are not byol's, as Markdown table rows."""
+    own = {method: _flat(values, "stage1.") for method, values in METHODS.items()}
+    keys = list(dict.fromkeys(key for values in own.values() for key in values))
+    cells = [[json.dumps(values[key]) if key in values else "" for values in own.values() if values] for key in keys]
+    return "\n".join(f"| `{key}` | {' | '.join(row)} |" for key, row in zip(keys, cells, strict=True))
+
+
 def write_generated(root: Path) -> dict[Path, str]:
     """The generated files under the project's `root`: path -> text."""
     readme = root / "config" / "README.md"
     head, _, rest = readme.read_text().partition("<!-- keys -->\n")
     tail = rest.partition("<!-- /keys -->")[2]
     body = f"| key | type | default | what |\n| --- | --- | --- | --- |\n{table()}\n"
+    named = " | ".join(f"`{method}`" for method, values in METHODS.items() if values)
+    body += f"\nDefaults of other methods than `byol`, where they differ:\n\n| key | {named} |\n| --- | --- | --- |\n"
+    body += f"{methods_table()}\n"
     return {
         root / "workflow" / "schemas" / "config.schema.yaml": yaml.safe_dump(schema(), sort_keys=False, width=110),
         readme: f"{head}<!-- keys -->\n{body}<!-- /keys -->{tail}",

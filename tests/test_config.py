@@ -393,3 +393,24 @@ def test_variants_whose_names_yaml_reads_as_numbers():
     raw = {"variants": {5: {"neighbors": {"k": 5}}}}
     (name,) = config.parse(raw).variants
     assert config.variant(raw, name).neighbors.k == 5
+
+
+def test_methods_have_their_own_defaults_and_stage_3_only_what_is_given():
+    moco = parse({"stage1": {"method": "moco", "optimizer": {"epochs": 9}}})
+    assert (moco.stage1.optimizer.batch, moco.stage1.optimizer.warmup_epochs, moco.stage1.optimizer.epochs) == (
+        256,
+        0,
+        9,
+    )
+    assert (moco.stage1.views.scale, moco.stage1.network.projection, moco.stage1.temperature) == ((0.2, 1.0), 128, 0.2)
+    assert moco.stage1.views.flip_p == 0.5
+    assert (moco.stage3.optimizer.batch, moco.stage3.optimizer.epochs, moco.stage3.network.projection) == (512, 9, 256)
+    simclr = parse({"stage1": {"method": "simclr", "optimizer": {"lr": 0.3}}})
+    assert (simclr.stage1.optimizer.lr, simclr.stage1.optimizer.weight_decay) == (0.3, 1e-6)
+    assert (simclr.stage3.optimizer.lr, simclr.stage3.optimizer.weight_decay) == (0.3, 1e-4)
+
+
+def test_given_weights_are_all_that_counts_of_stage_1():
+    given, other = ({"stage1": {"weights": "a.pth", "optimizer": {"lr": lr}}} for lr in (0.1, 0.2))
+    assert used(parse(given), "stage1") == used(parse(other), "stage1")
+    assert used(parse({"stage1": {"weights": "b.pth"}}), "stage1") != used(parse(given), "stage1")

@@ -48,8 +48,10 @@ def build(
     print(f"{len(rows)} photos, {note}", file=sys.stderr)
 
 
-def load(root: str | os.PathLike, manifest: artifacts.Manifest, row: int, exif: decode.Exif) -> decode.Photo:
-    """Decode the photo of one row: uint8 [height, width, 3], RGB.
+def load(
+    root: str | os.PathLike, manifest: artifacts.Manifest, row: int, exif: decode.Exif, reduce: int = 1
+) -> decode.Photo:
+    """Decode the photo of one row: uint8 [height, width, 3], RGB; with `reduce`, smaller where `decode` can.
 
     Raises InputError naming the file: it is missing or damaged, or its size in bytes or pixels is not the manifest's.
     """
@@ -61,8 +63,9 @@ def load(root: str | os.PathLike, manifest: artifacts.Manifest, row: int, exif: 
         raise InputError(f"{path}: photo is gone ({error.strerror}); bring it back or run manifest again.") from None
     if size != manifest.bytes[row]:
         raise InputError(changed)
-    image = decode.decode(path, exif)
-    if image.shape[:2] != (manifest.height[row], manifest.width[row]):
+    image = decode.decode(path, exif, reduce)
+    whole = int(manifest.height[row]), int(manifest.width[row])
+    if image.shape[:2] not in (whole, (-(-whole[0] // reduce), -(-whole[1] // reduce))):
         raise InputError(changed)
     return image
 

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterator
 from ctypes import Array
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -26,6 +26,15 @@ from orl.pretrain.augment import draw
 Sample = tuple[tuple[np.ndarray, ...], np.ndarray]
 ORDER, CHOICE, SHUFFLE = 100, 101, 102  # numbers that no view has: of an epoch's order, a sample's choices, MoCo
 PREFETCH = 2  # batches that each worker prepares ahead
+
+
+class Cut(NamedTuple):
+    """A view to be cut from the photo of a row: its box there, side in pixels, and augmentation parameters."""
+
+    row: int
+    box: Box
+    side: int
+    parameters: np.ndarray
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -74,22 +83,48 @@ class ImageViews(Dataset):
         """Size of a sample's views."""
         return 2 * 3 * self.settings.views.size**2
 
-    def photo(self, row: int) -> np.ndarray:
+    def photo(self, row: int, reduce: int = 1) -> np.ndarray:
         if self.at and (worker := get_worker_info()):
             self.at[worker.id] = row
-        return load(self.root, self.manifest, row, self.exif)
+        return load(self.root, self.manifest, row, self.exif, reduce)
 
-    def global_views(self, photo: np.ndarray, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def size(self, row: int) -> tuple[int, int]:
+        return int(self.manifest.width[row]), int(self.manifest.height[row])
+
+    def global_views(self, epoch: int, row: int) -> list[Cut]:
         """Views 0 and 1: random resized crops, each with the augmentation of its recipe."""
         views, cuts = self.settings.views, []
         for view in (0, 1):
             random = rng(self.seed, epoch, row, view)
-            box = random_resized_crop((photo.shape[1], photo.shape[0]), random, views.scale, views.ratio)
-            cuts.append((resize_crop(photo, box, (views.size, views.size)), draw(views, view, random)))
+            box = random_resized_crop(self.size(row), random, views.scale, views.ratio)
+            cuts.append(Cut(row, box, views.size, draw(views, view, random)))
         return cuts
 
+    def sample(self, cuts: list[Cut]) -> Sample:
+        """The pixels of the cuts, each photo decoded once."""
+        photos = {}
+        for row in dict.fromkeys(cut.row for cut in cuts):
+            spare = min(min(cut.box[2:]) / cut.side for cut in cuts if cut.row == row)
+            reduce = max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
+            photos[row] = self.photo(row, reduce if self.settings.views.reduced_decode else 1)
+        images = tuple(
+            resize_crop(photos[cut.row], _scaled(cut.box, self.size(cut.row), photos[cut.row]), (cut.side, cut.side))
+            for cut in cuts
+        )
+        return images, np.stack([cut.parameters for cut in cuts])
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        return _sample(self.global_views(self.photo(key[1]), *key))
+        return self.sample(self.global_views(*key))
+
+
+def _scaled(box: Box, size: tuple[int, int], photo: np.ndarray) -> Box:
+    """A box of a photo of `size` (width, height) in the photo as it was decoded, perhaps smaller."""
+    height, width = photo.shape[:2]
+    if size == (width, height):
+        return box
+    left, right = (round(x * width / size[0]) for x in (box[0], box[0] + box[2]))
+    top, bottom = (round(y * height / size[1]) for y in (box[1], box[1] + box[3]))
+    return left, top, right - left, bottom - top
 
 
 class ObjectViews(ImageViews):
@@ -130,19 +165,13 @@ class ObjectViews(ImageViews):
         list_of_pairs = row * found.neighbor.shape[1] + slot
         here, there = found.pair[choice.integers(*found.pair_offsets[list_of_pairs : list_of_pairs + 2])].tolist()
 
-        photo, other = self.photo(row), self.photo(neighbor)
-        copy = jitter_box(roi, (photo.shape[1], photo.shape[0]), choice, **jitter.model_dump())
-        cuts = self.global_views(photo, epoch, row)
-        patches = [(photo, roi), (photo, copy), (photo, self.box(row, here)), (other, self.box(neighbor, there))]
-        for view, (image, box) in enumerate(patches, 2):
+        copy = jitter_box(roi, self.size(row), choice, **jitter.model_dump())
+        cuts = self.global_views(epoch, row)
+        patches = [(row, roi), (row, copy), (row, self.box(row, here)), (neighbor, self.box(neighbor, there))]
+        for view, (of, box) in enumerate(patches, 2):
             parameters = draw(self.settings.views, view % 2, rng(self.seed, epoch, row, view))
-            cuts.append((resize_crop(image, box, (self.settings.patch, self.settings.patch)), parameters))
-        return _sample(cuts)
-
-
-def _sample(cuts: list[tuple[np.ndarray, np.ndarray]]) -> Sample:
-    images, parameters = zip(*cuts, strict=True)
-    return images, np.stack(parameters)
+            cuts.append(Cut(of, box, self.settings.patch, parameters))
+        return self.sample(cuts)
 
 
 class Loader:

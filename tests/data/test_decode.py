@@ -314,6 +314,21 @@ def transforms():
     return pytest.importorskip("torchvision.transforms", reason="torchvision is the reference")
 
 
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_reduced_decoding_is_a_smaller_photo_or_the_whole(reduce, exif):
+    smooth = np.array(Image.fromarray(photo(6, 8)).resize((187, 130), Image.Resampling.BICUBIC))
+    buffer = io.BytesIO()
+    Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
+    found = decode(buffer.getvalue(), exif, reduce)
+    assert found.shape == (-(-130 // reduce), -(-187 // reduce), 3)
+    expected = np.array(Image.fromarray(smooth).resize(found.shape[1::-1], Image.Resampling.BOX)).astype(int)
+    assert np.abs(found - expected).mean() < 4
+    buffer = io.BytesIO()
+    Image.fromarray(smooth).save(buffer, "PNG")
+    np.testing.assert_array_equal(decode(buffer.getvalue(), exif, reduce), smooth)
+
+
 def assert_near(found, expected):
     """Torch rounds some bytes the other way than Pillow, in each of two passes."""
     assert np.abs(found.astype(int) - expected).max() <= 2

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from orl import artifacts
-from orl.config import Stage1, Stage3
+from orl.config import Config, Stage1, Stage3
 from orl.data.decode import decode, resize_crop
+from orl.data.manifest import build
 from orl.data.views import iou
 from orl.pretrain.samples import Batches, ImageViews, Loader, ObjectViews
 
@@ -126,3 +128,42 @@ def test_batches_cover_each_epoch_once_and_drop_the_rest():
     assert orders[0] != orders[1]
     assert list(Batches(11, 3, 4, seed=0, start=7)) == batches[7:]
     assert len(Batches(11, 3, 4, seed=0, start=7)) == 5
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_parts_and_processes_share_each_batch(parts, size):
+    whole = list(Batches(25, 12, 2, seed=0))
+    each = [list(Batches(25, 12, 2, 0, 0, parts, rank, size)) for rank in range(size)]
+    for step, batch in enumerate(whole):
+        cut = [keys for part in range(parts) for own in each for keys in own[step * parts + part]]
+        assert cut == batch
+    assert list(Batches(25, 12, 2, 0, 3, parts, 0, size)) == each[0][3 * parts :]
+    assert len(Batches(25, 12, 2, 0, 3, parts, 0, size)) == parts
+
+
+def test_reduced_decoding_cuts_nearly_the_same_views(tmp_path):
+    """Of a large smooth photo; a crop that needs all pixels gets them."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "ab":
+        noise = np.random.default_rng(ord(name)).integers(0, 256, (8, 11, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((1203, 801), Image.Resampling.BICUBIC).save(photos / f"{name}.jpg", quality=95)
+    options = Config.model_validate({"data": {"layout": "folder"}})
+    build(options, photos, tmp_path / "manifest.csv", tmp_path / "rejected.csv", 1)
+    manifest = artifacts.read_manifest(tmp_path / "manifest.csv")
+    views = {"size": 32, "scale": [0.3, 1.0]}
+    made, sizes = [], []
+    for reduced in (False, True):
+        settings = Stage1.model_validate({"views": {**views, "reduced_decode": reduced}})
+        dataset = ImageViews(str(photos), manifest, "ignore", settings, 3)
+        decode_photo = dataset.photo
+        dataset.photo = lambda *args, of=decode_photo: sizes.append(found := of(*args)) or found
+        made.append([dataset[epoch, row] for epoch in range(4) for row in (0, 1)])
+    assert {photo.shape[:2] for photo in sizes[:8]} == {(801, 1203)}
+    assert {photo.shape[0] for photo in sizes[8:]} <= {401, 201, 101}
+    for (whole, p), (small, q) in zip(*made, strict=True):
+        assert np.array_equal(p, q)
+        for a, b in zip(whole, small, strict=True):
+            assert np.abs(a.astype(int) - b).mean() < 8
+    large = Stage1.model_validate({"views": {"size": 900, "reduced_decode": True}})
+    assert ImageViews(str(photos), manifest, "ignore", large, 3)[0, 0][0][0].shape == (900, 900, 3)
