@@ -61,6 +61,8 @@ def train(
     threads: int = 1,
     checkpoint_minutes: float = 15,
     log_every: int = 50,
+    compile: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Train `stage` ("stage1" or "stage3") and write backbone.safetensors, model.safetensors and metrics.csv.
 
