@@ -25,9 +25,13 @@ rule stage1:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
     threads: COMPUTE.threads
     resources:
-        gpu=COMPUTE.gpus,
+        gpu=lambda wildcards: (
+            0 if VARIANTS[wildcards.v[1:] or None].stage1.weights else COMPUTE.gpus
+        ),
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
         log_every=COMPUTE.log_every,
+        compile_step=int(COMPUTE.compile),
+        deterministic=int(COMPUTE.deterministic),
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
@@ -35,6 +39,7 @@ rule stage1:
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --output $(dirname {output.backbone:q}) --threads {threads} "
+        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 
 
@@ -56,6 +61,8 @@ rule stage3:
         gpu=COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
         log_every=COMPUTE.log_every,
+        compile_step=int(COMPUTE.compile),
+        deterministic=int(COMPUTE.deterministic),
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
@@ -64,4 +71,5 @@ rule stage3:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
         "--output $(dirname {output.backbone:q}) --threads {threads} "
+        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
