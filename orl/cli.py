@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from orl import InputError, __version__
+from orl import InputError, __version__, gpus
 from orl.config import Config, load
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
@@ -42,23 +44,29 @@ def _pretrain(args: argparse.Namespace, config: Config) -> None:
 
         given.write(config, Path(args.output))
         return
+    root, manifest = _given(args, "root"), _given(args, "manifest")
+    optimizer = config.stage3.optimizer if args.stage == "stage3" else config.stage1.optimizer
+    gpus.start(args.gpus, optimizer.batch, optimizer.accumulation, args.threads, args.argv)
     loop.train(
         config,
         args.stage,
-        _given(args, "root"),
-        _given(args, "manifest"),
+        root,
+        manifest,
         Path(args.output),
         proposals_path=args.proposals,
         correspondences_path=args.correspondences,
         threads=args.threads,
         checkpoint_minutes=args.checkpoint_minutes,
         log_every=args.log_every,
+        compile=bool(args.compile),
+        deterministic=bool(args.deterministic),
     )
 
 
 def _embed(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.embed import embed
 
+    gpus.take_one(args.gpus)
     embed(config, args.root, args.manifest, args.model, args.output, args.threads)
 
 
@@ -77,6 +85,7 @@ def _neighbors(args: argparse.Namespace, config: Config) -> None:
 def _rois(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.rois import rois
 
+    gpus.take_one(args.gpus)
     rois(config, args.root, args.manifest, args.proposals, args.backbone, args.output, args.threads)
 
 
@@ -89,6 +98,7 @@ def _correspond(args: argparse.Namespace, config: Config) -> None:
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.svm import evaluate
 
+    gpus.take_one(args.gpus)
     evaluate(config, args.backbone, args.name, args.labels, args.output, args.threads)
 
 
@@ -124,6 +134,14 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"orl {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def uses_gpu(sub: argparse.ArgumentParser, most: str) -> None:
+        sub.add_argument(
+            "--gpus",
+            type=partial(_count, least=0),
+            metavar="N",
+            help=f"GPUs to use at most (default: {most}); 0: the CPU. Waits while other jobs hold them",
+        )
 
     def command(
         name: str,
@@ -172,7 +190,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5 (stage3)")
     sub.add_argument("--checkpoint-minutes", type=float, default=15, help="minutes between checkpoints (default 15)")
     sub.add_argument("--log-every", type=_count, default=50, help="steps between log lines (default 50)")
-    command(
+    for flag, what in (("--compile", "compile the step"), ("--deterministic", "only deterministic operations")):
+        help_text = f"1: {what} (default 0)"
+        sub.add_argument(flag, type=int, choices=(0, 1), default=0, metavar="0|1", help=help_text)
+    uses_gpu(sub, "all that are visible, one process on each")
+    sub = command(
         "embed",
         _embed,
         "embed every photo with the projector of stage 1",
@@ -182,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
         output="embeddings.h5 to write",
         settings=["embeddings", "data.exif"],
     )
+    uses_gpu(sub, "1")
     command(
         "propose",
         _propose,
@@ -199,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
         output="neighbors.h5 to write",
         settings=["neighbors"],
     )
-    command(
+    sub = command(
         "rois",
         _rois,
         "embed every proposal, once",
@@ -210,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
         output="rois.h5 to write",
         settings=["rois", "data.exif"],
     )
+    uses_gpu(sub, "1")
     command(
         "correspond",
         _correspond,
@@ -232,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("task", choices=["voc07_svm"], help="voc07_svm: multi-label linear SVM by VOC07's protocol")
     sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.TASK.root)")
+    uses_gpu(sub, "1")
     sub = command(
         "report",
         _report,
@@ -251,15 +276,17 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; bad input is one sentence on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    args.argv = argv
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     # OpenMP's threads spin while they wait, which makes a step 16 times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -269,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, OSError) as error:
         # A worker process's error arrives with its traceback in the message; the sentence is the last line.
         sentence = re.sub(r"^orl\.[\w.]*Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
+        if os.environ.get("RANK", "0") != "0":  # what is wrong everywhere, rank 0 says; torchrun then ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         print(f"orl {args.command}: {sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

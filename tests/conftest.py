@@ -9,13 +9,23 @@ import pytest
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
-from orl import artifacts, config
+from orl import artifacts, config, gpus
 
 # Always the same examples, and no clock: the machine may be busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
 SIZES = [(96, 72), (72, 97), (120, 80), (81, 81), (100, 64), (64, 100), (110, 90), (77, 65), (90, 120), (128, 70)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_gpu(tmp_path_factory):
+    """Commands that tests call in this process use one GPU at most, and wait for no other process of tests."""
+    count = gpus.count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "FOLDER", tmp_path_factory.mktemp("gpus"))
+        patch.setattr(gpus, "count", lambda: min(1, count()))
+        yield
 
 
 def _photo(number: int, width: int, height: int) -> Image.Image:

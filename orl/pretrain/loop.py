@@ -144,7 +144,17 @@ def train(
 
     stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), inputs)
     with processes() as (rank, size):
-        run = _Run(config, stage, settings, dataset, max(1, threads // size), rank, size, compile, deterministic)
+        run = _Run(
+            config,
+            stage,
+            settings,
+            dataset,
+            max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+            rank,
+            size,
+            compile,
+            deterministic,
+        )
         state = State(output / "state", stamp["fingerprint"], lock=rank == 0)
         run.loop(state, checkpoint_minutes * 60, log_every)
         if rank == 0:

@@ -133,7 +133,8 @@ DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
     ("change", "jobs"),
     [
         ({}, {}),
-        ({"compute": {"threads": 1, "gpus": 0, "checkpoint_minutes": 1, "log_every": 7}}, {}),
+        ({"compute": {"threads": 1, "gpus": 0, "checkpoint_minutes": 1, "log_every": 7, "compile": True,
+                      "deterministic": True}}, {}),
         ({"stage3": {"patch": 16}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"stage3": {"optimizer": {"lr": 0.5}}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
@@ -156,6 +157,28 @@ DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
 )  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(finished, change, jobs):
     assert plan(finished, changed(**change)) == jobs
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "training", "others"),
+    [(8, None, 8, 1), (8, 2, 2, 1), (8, 0, 0, 0), (0, None, 0, 0)],
+)
+def test_jobs_are_given_the_gpus_they_want_as_far_as_there_are(tmp_path, wanted, given, training, others):
+    limit = [] if given is None else ["--resources", f"gpu={given}"]
+    config = changed(compute={"gpus": wanted, "compile": True})
+    done = snakemake(tmp_path, config, "--dry-run", "--printshellcmds", *limit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^Shell command: (orl .+)$", done.stdout + done.stderr, re.MULTILINE)
+    found = {line: int(number) for line in lines for number in re.findall(r" --gpus (\d+)", line)}
+    assert len(found) == 7
+    for line, number in found.items():
+        assert number == (training if "orl pretrain" in line else others)
+        assert "orl pretrain" not in line or " --compile 1 --deterministic 0 " in line
+
+
+def test_fewer_gpus_rerun_nothing(finished):
+    assert plan(finished, TINY, "--resources", "gpu=0") == {}
+    assert plan(finished, TINY, "--resources", "gpu=2") == {}
 
 
 def test_one_stage_again(finished):

@@ -17,7 +17,7 @@ rule embed:
         root=ROOT,
     shell:
         "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
-        "--model {input.model:q} --output {output:q} --threads {threads} 2>&1 | tee {log:q}"
+        "--model {input.model:q} --output {output:q} --threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
 
 
 rule propose:
@@ -78,7 +78,7 @@ rule rois:
     shell:
         "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --threads {threads} "
-        "2>&1 | tee {log:q}"
+        "--gpus {resources.gpu} 2>&1 | tee {log:q}"
 
 
 rule correspond:

@@ -19,4 +19,4 @@ rule voc07_svm:
     shell:
         "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
         "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "
-        "2>&1 | tee {log:q}"
+        "--gpus {resources.gpu} 2>&1 | tee {log:q}"

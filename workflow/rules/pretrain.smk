@@ -28,6 +28,8 @@ rule stage1:
         gpu=lambda wildcards: 0 if given(wildcards.v[1:] or None) else COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
         log_every=COMPUTE.log_every,
+        compile_step=int(COMPUTE.compile),
+        deterministic=int(COMPUTE.deterministic),
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
@@ -39,6 +41,7 @@ rule stage1:
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
         "--output $(dirname {output.backbone:q}) --threads {threads} "
+        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 
 
@@ -60,6 +63,8 @@ rule stage3:
         gpu=COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
         log_every=COMPUTE.log_every,
+        compile_step=int(COMPUTE.compile),
+        deterministic=int(COMPUTE.deterministic),
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
@@ -68,4 +73,5 @@ rule stage3:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
         "--output $(dirname {output.backbone:q}) --threads {threads} "
+        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
         "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"

@@ -1,0 +1,169 @@
+"""GPUs of this machine, lent to one job at a time, and the processes of a training: one on each GPU.
+
+Snakemake counts GPUs but hands out none, so each job takes its own: a lease is a lock on a file per GPU, which the
+kernel lifts when the job ends, however it ends. Jobs of other users and other programs are not seen.
+"""
+
+import ctypes
+import fcntl
+import os
+import re
+import signal
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from orl import InputError
+
+FOLDER = Path(tempfile.gettempdir(), f"orl-gpus-{os.getuid()}")  # TMPDIR moves it
+
+_held: list[int] = []  # descriptors of the locked files, open as long as the process lives
+
+
+def count() -> int:
+    """How many GPUs this process could use."""
+    import torch
+
+    # In a child: without NVML, counting starts CUDA, which then takes no notice of a new CUDA_VISIBLE_DEVICES.
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(torch.cuda.device_count).result()
+
+
+def visible() -> list[str]:
+    """The GPUs this process could use, as CUDA_VISIBLE_DEVICES names them: numbers or UUIDs."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named == "":
+        return []
+    number = count()
+    names = map(str, range(number)) if named is None else map(str.strip, named.split(","))
+    return list(names)[:number]  # CUDA stops at the first name that is no GPU
+
+
+def lease(wanted: int) -> list[str]:
+    """Take `wanted` of the visible GPUs, or all if they are fewer, for as long as this process lives.
+
+    Waits until so many are free at once, holding none meanwhile. Sets CUDA_VISIBLE_DEVICES to those taken, and returns
+    them; 0 hides all. A SLURM job, or a process of torchrun, has its GPUs already: nothing is changed there.
+    """
+    if wanted == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return []
+    names = visible()
+    if not names:
+        print("no GPU is visible: running on the CPU", file=sys.stderr)
+        return []
+    wanted = min(wanted, len(names))
+    if "SLURM_JOB_ID" in os.environ or "WORLD_SIZE" in os.environ:
+        return names[:wanted]
+    while _held:  # a second lease replaces the first
+        os.close(_held.pop())
+    waits = False
+    while not (taken := _take(names, wanted)):
+        if not waits:
+            print(f"waiting until {wanted} of {len(names)} GPUs are free", file=sys.stderr, flush=True)
+        waits = True
+        time.sleep(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    return taken
+
+
+def _take(names: Sequence[str], wanted: int) -> list[str]:
+    """Lock `wanted` of the GPUs, and return them; or none, if fewer are free."""
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    found = FOLDER.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise InputError(f"{FOLDER}: is not a folder of yours; set TMPDIR to another folder.")
+    taken: dict[str, int] = {}
+    with open(FOLDER / "gate", "w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # one job looks at a time, else two could get in each other's way for ever
+        for name in names:
+            # The sticky bit keeps systemd's daily cleaning of /tmp away from a file that is in use.
+            file = os.open(FOLDER / re.sub(r"\W", "-", name), os.O_RDWR | os.O_CREAT, 0o1600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            taken[name] = file
+            if len(taken) == wanted:
+                for file in taken.values():
+                    os.set_inheritable(file, True)  # the lease passes to what this process becomes by exec
+                    _held.append(file)
+                return list(taken)
+        for file in taken.values():
+            os.close(file)
+    return []
+
+
+def ranks(granted: int, batch: int, accumulation: int = 1) -> int:
+    """How many processes train on `granted` GPUs: the most among which a step's photos can be divided, at least 2 each.
+
+    Batch statistics of a single photo are none. Raises InputError if the step cannot be cut for accumulation.
+    """
+    if batch % accumulation:
+        raise InputError(
+            f"optimizer.accumulation is {accumulation}, which does not divide optimizer.batch, {batch}; change one."
+        )
+    photos = batch // accumulation
+    return max([1, *(number for number in range(2, granted + 1) if photos % number == 0 and photos >= 2 * number)])
+
+
+def take_one(asked: int | None) -> None:
+    """Lease a GPU for a command that uses one; `asked` is its --gpus, None if not given."""
+    lease(min(1, _wanted(asked)))
+
+
+def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: Sequence[str]) -> None:
+    """Lease the GPUs of a training. With several, torchrun takes this process's place and runs `orl ARGV` on each.
+
+    A process of torchrun goes on, if the photos of a step can be divided among all of them. Raises InputError.
+    """
+    photos = batch // accumulation
+    if "WORLD_SIZE" in os.environ:
+        number = int(os.environ["WORLD_SIZE"])
+        if ranks(number, batch, accumulation) != number:
+            raise InputError(
+                f"{photos} photos at a time cannot be divided among {number} processes, at least 2 for each; start "
+                f"{ranks(number, batch, accumulation)} or change optimizer.batch."
+            )
+        _end_with_torchrun()
+        if asked == 0:
+            lease(0)
+        return
+    wanted = _wanted(asked)
+    granted = min(wanted, len(visible()))
+    number = ranks(granted, batch, accumulation)
+    if number < granted:
+        skipped = [str(more) for more in range(granted, number, -1)]
+        unfit = " or ".join(filter(None, (", ".join(skipped[:-1]), skipped[-1])))
+        print(
+            f"training on {number} of {granted} GPUs: {photos} photos at a time cannot be divided by {unfit}, at least "
+            f"2 for each",
+            file=sys.stderr,
+        )
+    lease(min(number, wanted))
+    if number > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads // number))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        options = ["--standalone", "--nproc-per-node", str(number)]
+        os.execv(sys.executable, [sys.executable, "-m", "orl.torchrun", *options, "-m", "orl", *argv])
+
+
+def _wanted(asked: int | None) -> int:
+    """GPUs to take at most. Not asked for: what there is, so that a machine without any is not told so."""
+    return len(visible()) if asked is None else asked
+
+
+def _end_with_torchrun() -> None:
+    """Get SIGTERM when torchrun dies: its processes, in sessions of their own, would train on without its lease.
+
+    They then save and end: for as long as that takes, another job may already hold their GPUs.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
