@@ -244,7 +244,7 @@ def test_an_error_in_a_worker_process_is_one_sentence(
     status, lines = run(*line[:-1], 2, capsys=capsys)
     assert status == 2
     assert lines[-1].startswith(f"orl {command.split()[0]}: {path}: {reason}")
-    assert not [entry for entry in files_below(tmp_path) if root not in entry.parents and entry.name != "lock"]
+    assert not [entry for entry in files_below(tmp_path) if root not in entry.parents and "state" not in entry.parts]
 
 
 # Other endings

@@ -236,6 +236,20 @@ def weights(path, seed=0):
     return str(path)
 
 
+def test_every_method_of_stage_1_reaches_the_report(copy):
+    methods = {name: {"stage1": {"method": name}} for name in ("simclr", "moco")}
+    done = snakemake(copy, changed(variants=methods))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
+    assert not ran & {"scenes", "manifest", "propose", "random"}  # these are the same for all
+    page = (copy / "results" / "tiny" / "report" / "index.html").read_text()
+    for name in methods:
+        for model in (f"stage1-{name}", f"orl-{name}"):
+            result = json.loads((copy / "results" / "tiny" / "downstream" / model / "voc07_svm.json").read_text())
+            assert f"{result['metrics']['mAP']:.2f}" in page
+    assert plan(copy, changed(variants=methods)) == {}
+
+
 def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     """Stage 1 is made from the file, and everything after it again; the photos and their boxes stay."""
     after = {"embed": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 2}
