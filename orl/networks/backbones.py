@@ -5,6 +5,7 @@ Our own short module, so that only detection needs torchvision (9 s to import); 
 
 import os
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,14 @@ def initialize(module: nn.Module, generator: torch.Generator) -> None:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 or 0-255 float [B, 3, H, W] -> float32 with ImageNet's mean and standard deviation taken out."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    mean, std = _statistics(images.device)
     return (images.float() - mean) / std
+
+
+@cache  # copying numbers to a GPU waits for all that it has to do
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1).to(device) for values in (MEAN, STD))
+    return mean, std
 
 
 def save(path: str | os.PathLike, name: str, model: ResNet, attrs: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ included; images are float tensors [B, 3, H, W] that hold whole numbers from 0 t
 """
 
 from collections.abc import Callable
+from functools import cache
 from math import floor, sqrt
 
 import numpy as np
@@ -87,10 +88,14 @@ def hue(images: Tensor, factor: Tensor) -> Tensor:
     q = (value * (1 - s * f) + 0.5).floor()
     t = (value * (1 - s * (1 - f)) + 0.5).floor()
     sector = sector % 6
-    # Which of v, t, p, q is red, green and blue in each sixth of the circle.
-    table = torch.tensor([[0, 3, 2, 2, 1, 0], [1, 0, 0, 3, 2, 2], [2, 2, 1, 0, 0, 3]], device=images.device)
-    choice = table[:, sector.long().squeeze(1)].transpose(0, 1)
+    choice = _sectors(images.device)[:, sector.long().squeeze(1)].transpose(0, 1)
     return torch.cat([value, t, p, q], 1).gather(1, choice).float()
+
+
+@cache  # copying numbers to a GPU waits for all that it has to do
+def _sectors(device: torch.device) -> Tensor:
+    """Which of v, t, p, q is red, green and blue in each sixth of the circle of hues."""
+    return torch.tensor([[0, 3, 2, 2, 1, 0], [1, 0, 0, 3, 2, 2], [2, 2, 1, 0, 0, 3]]).to(device)
 
 
 def grayscale(images: Tensor) -> Tensor:
