@@ -312,11 +312,35 @@ def test_two_processes_train_as_one(train, monkeypatch, photos, manifest_path, t
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_with_shared_batch_statistics_train_as_one(photos, manifest_path, tmp_path):
+    for number in ("1", "2"):
+        arguments = command(photos, manifest_path, tmp_path / number, "--gpus", number, "--deterministic", "1")
+        arguments[arguments.index("--settings") + 1] = json.dumps({**CONFIG, "precision": "float32"})
+        subprocess.run(arguments, check=True, capture_output=True)
+    assert_near_models(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_deterministic_training_resumes_bit_equal(photos, manifest_path, tmp_path):
+    def run(output, *extra):
+        arguments = command(photos, manifest_path, output, "--gpus", "1", "--deterministic", "1", *extra)
+        return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+
+    assert run(tmp_path / "whole").wait() == 0
+    process = run(tmp_path / "broken", "--checkpoint-minutes", "0")
+    wait_for(tmp_path / "broken" / "state", process)
+    process.kill()
+    process.communicate()
+    assert run(tmp_path / "broken").wait() == 0
+    assert_equal_models(tmp_path / "broken", tmp_path / "whole")
+
+
 def test_the_photo_at_which_a_worker_dies_is_named(train, monkeypatch, photos, manifest):
     original, victim = ImageViews.photo, 3
 
-    def photo(self, row):
-        found = original(self, row)
+    def photo(self, row, *args):
+        found = original(self, row, *args)
         if row == victim and get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)  # as when the system wants memory
         return found
