@@ -112,7 +112,7 @@ def as_json(folder: str, share: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=COCO, help="in full (default %(default)s)")
+    parser.add_argument("--count", type=int, default=COCO, help="photos in full (default %(default)s)")
     parser.add_argument("--samples", type=int, default=1000, help="drawn (default %(default)s)")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,13 +123,13 @@ def main() -> None:
         raise SystemExit("memory is read from /proc/self/smaps_rollup, which is Linux's; run it there.")
     print(machine(), flush=True)
     grown = []
-    for count in (args.photos // 10, args.photos):
+    for count in (args.count // 10, args.count):
         with tempfile.TemporaryDirectory() as folder:
             make_up(folder, count)
             command = [sys.executable, __file__, "--measure", folder, "--samples", str(args.samples)]
             found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             size = {name: os.path.getsize(os.path.join(folder, name)) / 1e6 for name in sorted(os.listdir(folder))}
-            plain, seconds = as_json(folder, 100) if count == args.photos else (0.0, 0.0)
+            plain, seconds = as_json(folder, 100) if count == args.count else (0.0, 0.0)
         grown.append(found)
         fits = "" if size["correspondences.h5"] <= 150 else ": LARGER than its target"
         print(

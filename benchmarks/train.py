@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as orl's commands do, before torch is loaded
+
 import numpy as np
 import torch
 from common import machine, make_up_stage2, photos, synchronize, write_manifest

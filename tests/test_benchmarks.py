@@ -60,17 +60,23 @@ def test_train(stage, photos):
     assert figure(text, r"peak memory .*?([\d.]+) GB") > 0
 
 
-def test_train_scales_the_cost_of_a_resnet50(photos):
-    small = ("--backbone", "resnet50", "--batch", 2, "--size", 32, "--steps", 1, "--threads", 1, "--count", 2)
-    text = output_of("train", "--photos", photos, "--precision", "float32", *small)
-    rate = figure(text, r"\nour step: ([\d.]+) images/s")
-    achieved = figure(text, r"\nour step: .* ([\d.]+) TFLOP/s")
-    assert achieved == pytest.approx(rate * 65.6e-3 * (32 / 224) ** 2, abs=0.006)
+def test_cost_of_an_image_is_known_for_resnet50_alone():
+    cases = [("resnet50", "stage1", 224), ("resnet50", "stage3", 224), ("resnet50", "stage1", 112), ("resnet18",) * 3]
+    code = "import train; from argparse import Namespace as N\n"
+    code += f"for b, stage, s in {cases}: print(train.flops(N(backbone=b, stage=stage, size=s), 1000.0))"
+    folder = PROJECT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, third, half, unknown = done.stdout.split("\n")[:4]
+    assert figure(first, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6)
+    assert figure(third, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6 * 1.37, abs=0.01)
+    assert figure(half, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6 / 4)
+    assert unknown == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from Linux's /proc")
 def test_memory():
-    text = output_of("memory", "--photos", 300, "--samples", 5)
+    text = output_of("memory", "--count", 300, "--samples", 5)
     for count in (30, 300):
         assert figure(text, rf"\n{count} photos: correspondences.h5 ([\d.]+) MB") < 150
         assert figure(text, rf"\n{count} photos: correspondences.h5 .* opened in ([\d.]+) ms") > 0
@@ -98,9 +104,8 @@ def test_importing_a_benchmark_needs_no_other_stage(name):
 
 
 def test_no_photos_is_one_sentence(tmp_path):
-    for name in ("data", "train"):
-        command = [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), "--photos", str(tmp_path)]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "no JPEGs in it" in done.stderr
-        assert "Traceback" not in done.stderr
+    command = [sys.executable, str(PROJECT / "benchmarks" / "data.py"), "--photos", str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no JPEGs in it" in done.stderr
+    assert "Traceback" not in done.stderr
