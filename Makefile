@@ -1,6 +1,6 @@
 # make demo   installs, runs everything on generated scenes
 # make test   installs, checks style and types, runs the tests
-# make bench  speed and quality measurements (benchmarks/)
+# make bench  installs, measures speed, memory and the generated scenes (benchmarks/README.md)
 # make clean  removes the environment, caches and the demo's results; other results stay
 CORES ?= all
 PYTHON ?= python3
@@ -36,6 +36,9 @@ install: .venv/installed
 
 bench: install
 	python benchmarks/scenes.py
+	python benchmarks/data.py
+	python benchmarks/train.py
+	python benchmarks/memory.py
 
 clean:
 	rm -rf .venv results/scenes .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,111 @@
+"""Each benchmark runs as its README says, at a size where its figures mean nothing."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision")
+
+PROJECT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+
+
+def output_of(name, *options):
+    """What a benchmark prints, all its figures being numbers."""
+    command = [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), *map(str, options)]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\b(nan|inf)\b", done.stdout)
+    return done.stdout
+
+
+def figure(text, pattern):
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in\n{text}"
+    return float(found[1])
+
+
+def test_data(photos):
+    text = output_of("data", "--photos", photos, "--count", 3, "--batch", 4, "--size", 32, "--repeats", 1)
+    for way in ("Pillow", "orl.data.decode"):
+        assert figure(text, rf"decode, {re.escape(way)}: ([\d.]+) ms per photo and core") > 0
+    assert figure(text, r"decode, orl.data.decode: .*largest difference (\d+)") == 0
+    assert figure(text, r"two crops to 32 px: ours is ([\d.]+) x Pillow; largest") > 0
+    assert figure(text, r"ours, decode \+ crop: ([\d.]+) samples per second and core, [\d.]+ x \(target 3\)") > 0
+    assert figure(text, r"end to end, one process, augmented on the \w+: ([\d.]+) samples") > 0
+    for way in ("Pillow", "ours", "torchvision v2"):
+        assert figure(text, rf"augment 4 views of 32 px, {way}.*: ([\d.]+) ms per view") > 0
+    for operation in ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize"):
+        assert figure(text, rf"{operation}, ours: .*largest difference ([\d.e-]+)") <= 1  # 0 on the CPU
+        assert figure(text, rf"{operation}, torchvision v2: .*largest difference ([\d.e-]+)") >= 0
+    for name in ("OpenCV", "TorchCodec"):
+        assert re.search(rf"decode, {name}: ([\d.]+ ms|not installed)", text)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_train(stage, photos):
+    small = ("--backbone", "resnet10", "--batch", 4, "--size", 32, "--steps", 1, "--threads", 2, "--count", 4)
+    text = output_of("train", "--stage", stage, "--photos", photos, "--precision", "float32", *small)
+    for way in ("reference", "our step, ready views", "our step"):
+        assert figure(text, rf"\n{way}: ([\d.]+) images/s") > 0
+        assert figure(text, rf"\n{way}: .* ([\d.]+) x reference") > 0
+    assert figure(text, r"\nour loop: .*, ([\d.]+)% of our step") > 0
+    assert 0 <= figure(text, r"the device waits ([\d.]+)% of the time") <= 100
+    assert figure(text, r"whole epoch of 4 steps, .*: ([\d.]+) images/s") > 0
+    assert figure(text, r"peak memory .*?([\d.]+) GB") > 0
+
+
+def test_cost_of_an_image_is_known_for_resnet50_alone():
+    cases = [("resnet50", "stage1", 224), ("resnet50", "stage3", 224), ("resnet50", "stage1", 112), ("resnet18",) * 3]
+    code = "import train; from argparse import Namespace as N\n"
+    code += f"for b, stage, s in {cases}: print(train.flops(N(backbone=b, stage=stage, size=s), 1000.0))"
+    folder = PROJECT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, third, half, unknown = done.stdout.split("\n")[:4]
+    assert figure(first, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6)
+    assert figure(third, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6 * 1.37, abs=0.01)
+    assert figure(half, r", ([\d.]+) TFLOP/s") == pytest.approx(65.6 / 4)
+    assert unknown == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from Linux's /proc")
+def test_memory():
+    text = output_of("memory", "--count", 300, "--samples", 5)
+    for count in (30, 300):
+        assert figure(text, rf"\n{count} photos: correspondences.h5 ([\d.]+) MB") < 150
+        assert figure(text, rf"\n{count} photos: correspondences.h5 .* opened in ([\d.]+) ms") > 0
+        assert math.isfinite(figure(text, rf"\n{count} photos: anonymous memory ([+-][\d.]+) MB"))
+    assert figure(text, r"\n300 photos: as JSON about (\d+) MB") >= 0
+    assert math.isfinite(figure(text, r"ten times the photos: anonymous memory ([+-][\d.]+) MB"))
+
+
+def test_photos_are_drawn_where_there_are_none(tmp_path):
+    code = f"import common; common.PHOTOS = common.Path('none'); print(*common.photos(None, 2, {str(tmp_path)!r}))"
+    folder = PROJECT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=folder, check=True, capture_output=True)
+    assert b"2 generated JPEGs" in done.stdout
+    assert all(path.stat().st_size > 50_000 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["data", "train", "memory"])
+def test_importing_a_benchmark_needs_no_other_stage(name):
+    needless = "{'snakemake', 'faiss', 'cv2', 'sklearn', 'kornia', 'torchcodec'}"
+    code = f"import sys, {name}; found = {needless} & set(sys.modules); assert not found, found"
+    folder = PROJECT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_photos_is_one_sentence(tmp_path):
+    command = [sys.executable, str(PROJECT / "benchmarks" / "data.py"), "--photos", str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no JPEGs in it" in done.stderr
+    assert "Traceback" not in done.stderr
