@@ -55,7 +55,7 @@ def resident() -> dict[str, float]:
 def measure(folder: str, count: int) -> None:
     """In the fresh process: open the files, draw `count` samples, print what it took as JSON."""
 
-    def blank(root: object, manifest: artifacts.Manifest, row: int, exif: object) -> Photo:
+    def blank(root: object, manifest: artifacts.Manifest, row: int, exif: object, reduce: int = 1) -> Photo:
         return np.broadcast_to(np.uint8(0), (manifest.height[row], manifest.width[row], 3))
 
     def no_crop(image: Photo, box: Box, size: tuple[int, int]) -> Photo:

@@ -358,7 +358,7 @@ class _Run:
         # On the CPU the network needs the cores; one worker fetches ahead.
         on_gpu = self.device.type == "cuda"
         workers = max(1, self.threads - 1) if on_gpu else min(1, self.threads - 1)
-        clock, last_save = _Clock(), time.monotonic()
+        clock, last_save = _Clock(on_gpu), time.monotonic()
         with (
             Loader(self.dataset, batches, workers, on_gpu) as found,
             tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
@@ -414,26 +414,38 @@ class _Run:
 
 
 class _Clock:
-    """How long a training takes, and which share of it waits for data; in all and since the last lap."""
+    """How long a training takes, and which share of it the device waits for data; in all and since the last lap."""
 
-    def __init__(self) -> None:
-        self.began = time.monotonic()
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu, self.began = on_gpu, time.monotonic()
         self.waited = 0.0
-        self.last = (0, self.began, 0.0)  # steps, time and waiting at the last lap
+        self.last = (0, self.began)  # steps and time at the last lap
+        self.marks: list[tuple[Any, Any]] = []  # of each wait since then
+
+    def mark(self) -> Any:
+        """A moment; of a GPU by its own clock: while it still works, the program may wait for data at no cost."""
+        if not self.on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        start = time.monotonic()
+        start = self.mark()
         yield
-        self.waited += time.monotonic() - start
+        self.marks.append((start, self.mark()))
 
     def lap(self, steps: int) -> tuple[int, float, float]:
         """Steps, seconds and share of waiting since the last lap, of which `steps` is the number since the start."""
-        now, (before, start, waited) = time.monotonic(), self.last
-        self.last = (steps, now, self.waited)
-        return steps - before, now - start, (self.waited - waited) / (now - start)
+        waited = sum(a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in self.marks)
+        now, (before, start) = time.monotonic(), self.last
+        self.last, self.marks = (steps, now), []
+        self.waited += waited
+        return steps - before, now - start, waited / (now - start)
 
     def total(self) -> tuple[float, float]:
+        """Seconds, and share of waiting up to the last lap."""
         seconds = time.monotonic() - self.began
         return seconds, self.waited / seconds
 
