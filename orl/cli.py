@@ -46,7 +46,9 @@ def _pretrain(args: argparse.Namespace, config: Config) -> None:
         return
     root, manifest = _given(args, "root"), _given(args, "manifest")
     optimizer = config.stage3.optimizer if args.stage == "stage3" else config.stage1.optimizer
-    gpus.start(args.gpus, optimizer.batch, optimizer.accumulation, args.threads, args.argv)
+    moco = args.stage == "stage1" and config.stage1.method == "moco"
+    group = config.stage1.shuffled_batch if moco else 2
+    gpus.start(args.gpus, optimizer.batch, optimizer.accumulation, args.threads, args.argv, group)
     loop.train(
         config,
         args.stage,
@@ -301,5 +303,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(3)
         print(f"orl {args.command}: {sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:  # torch's kind
+        if os.environ.get("RANK", "0") != "0":  # as a rule because another process failed, which says why
+            time.sleep(3)
+            sys.exit(1)
+        if "out of memory" in str(error):
+            advice = "make the batch smaller or raise optimizer.accumulation"
+            print(f"orl {args.command}: {str(error).splitlines()[0]} ({advice})", file=sys.stderr)
+        elif "gloo" in str(error) or "NCCL" in str(error):
+            print(f"orl {args.command}: another process of the training ended", file=sys.stderr)
+        else:
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -298,7 +298,7 @@ class Compute(Section):
     """How fast, never what: changing these reruns nothing."""
 
     threads: Positive = 8
-    """CPU threads of one job at most (Snakemake gives what `--cores` allows)."""
+    """CPU threads of one job at most, of a training for each GPU (Snakemake gives what `--cores` allows)."""
     gpus: Annotated[int, Field(ge=0)] = 8
     """GPUs that a training asks for at most (other GPU jobs: one); it takes what there is, and the CPU without one."""
     checkpoint_minutes: Positive = 15

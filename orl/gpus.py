@@ -100,17 +100,24 @@ def _take(names: Sequence[str], wanted: int) -> list[str]:
     return []
 
 
-def ranks(granted: int, batch: int, accumulation: int = 1) -> int:
-    """How many processes train on `granted` GPUs: the most among which a step's photos can be divided, at least 2 each.
+def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2) -> int:
+    """How many processes train on `granted` GPUs: the most among which a step's photos can be divided.
 
-    Batch statistics of a single photo are none. Raises InputError if the step cannot be cut for accumulation.
+    Each gets `group` photos at least: batch statistics of a single one are none. Of MoCo's groups, which are larger,
+    each gets whole ones. Raises InputError if the step cannot be cut for accumulation.
     """
-    if batch % accumulation:
-        raise InputError(
-            f"optimizer.accumulation is {accumulation}, which does not divide optimizer.batch, {batch}; change one."
-        )
     photos = batch // accumulation
-    return max([1, *(number for number in range(2, granted + 1) if photos % number == 0 and photos >= 2 * number)])
+    if batch % accumulation or photos < 2:
+        raise InputError(
+            f"optimizer.accumulation is {accumulation}, which does not divide optimizer.batch, {batch}, into parts of "
+            f"at least 2 photos; change one."
+        )
+
+    def fits(number: int) -> bool:
+        share, rest = divmod(photos, number)
+        return rest == 0 and share >= group and (group == 2 or share % group == 0)
+
+    return max([1, *filter(fits, range(2, granted + 1))])
 
 
 def take_one(asked: int | None) -> None:
@@ -118,7 +125,7 @@ def take_one(asked: int | None) -> None:
     lease(min(1, _wanted(asked)))
 
 
-def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: Sequence[str]) -> None:
+def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: Sequence[str], group: int = 2) -> None:
     """Lease the GPUs of a training. With several, torchrun takes this process's place and runs `orl ARGV` on each.
 
     A process of torchrun goes on, if the photos of a step can be divided among all of them. Raises InputError.
@@ -126,10 +133,10 @@ def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: 
     photos = batch // accumulation
     if "WORLD_SIZE" in os.environ:
         number = int(os.environ["WORLD_SIZE"])
-        if ranks(number, batch, accumulation) != number:
+        if ranks(number, batch, accumulation, group) != number:
             raise InputError(
-                f"{photos} photos at a time cannot be divided among {number} processes, at least 2 for each; start "
-                f"{ranks(number, batch, accumulation)} or change optimizer.batch."
+                f"{photos} photos at a time cannot be divided among {number} processes, at least {group} for each; "
+                f"start {ranks(number, batch, accumulation, group)} or change optimizer.batch."
             )
         _end_with_torchrun()
         if asked == 0:
@@ -137,13 +144,13 @@ def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: 
         return
     wanted = _wanted(asked)
     granted = min(wanted, len(visible()))
-    number = ranks(granted, batch, accumulation)
+    number = ranks(granted, batch, accumulation, group)
     if number < granted:
         skipped = [str(more) for more in range(granted, number, -1)]
         unfit = " or ".join(filter(None, (", ".join(skipped[:-1]), skipped[-1])))
         print(
             f"training on {number} of {granted} GPUs: {photos} photos at a time cannot be divided by {unfit}, at least "
-            f"2 for each",
+            f"{group} for each",
             file=sys.stderr,
         )
     lease(min(number, wanted))
@@ -157,6 +164,8 @@ def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: 
 
 def _wanted(asked: int | None) -> int:
     """GPUs to take at most. Not asked for: what there is, so that a machine without any is not told so."""
+    if asked == 0:
+        print("no GPU was granted: running on the CPU", file=sys.stderr)
     return len(visible()) if asked is None else asked
 
 

@@ -228,14 +228,20 @@ def test_ranks_is_the_largest_number_that_fits(granted, part, accumulation):
     assert not any(fits[n] for n in range(found + 1, granted + 1))
 
 
-@given(st.integers(0, 8))
-def test_parts_of_one_photo_train_in_one_process(granted):
-    assert gpus.ranks(granted, 4, 4) == 1
+@given(st.integers(0, 20), st.integers(1, 300), st.integers(3, 40))
+def test_each_process_gets_whole_groups(granted, photos, group):
+    found = gpus.ranks(granted, 2 * photos, group=group)
+    fits = {n: 2 * photos % n == 0 and (2 * photos // n) % group == 0 for n in range(1, 21)}
+    assert found == 1 or fits[found]
+    assert found <= max(granted, 1)
+    assert not any(fits[n] for n in range(found + 1, granted + 1))
 
 
-def test_parts_of_a_step_are_equal():
-    with pytest.raises(InputError, match=r"optimizer\.accumulation is 3, which does not divide optimizer\.batch, 512"):
-        gpus.ranks(8, 512, 3)
+@pytest.mark.parametrize(("batch", "accumulation"), [(512, 3), (4, 4), (4, 8)])
+def test_parts_of_a_step_are_equal_and_hold_two_photos(batch, accumulation):
+    text = rf"optimizer\.accumulation is {accumulation}, which does not divide optimizer\.batch, {batch}, into parts of"
+    with pytest.raises(InputError, match=text):
+        gpus.ranks(8, batch, accumulation)
 
 
 @pytest.fixture
@@ -291,7 +297,7 @@ def test_torchrun_takes_the_place(options, visible, batch, number, said, pretrai
     ("options", "visible", "batch", "left", "said"),
     [
         (["--gpus", "1"], 4, 8, "0", []),
-        (["--gpus", "0"], 4, 8, "", []),
+        (["--gpus", "0"], 4, 8, "", ["no GPU was granted: running on the CPU"]),
         (["--gpus", "2"], 0, 8, "", ["no GPU is visible: running on the CPU"]),
         ([], 0, 8, "", []),
         ([], 2, 3, "0", ["training on 1 of 2 GPUs: 3 photos at a time cannot be divided by 2, at least 2 for each"]),
@@ -311,7 +317,8 @@ def test_accumulation_cuts_the_step_first(pretrain):
     status, *_, lines = pretrain(batch=24, accumulation=5)
     assert status == 2
     assert lines == [
-        "orl pretrain: optimizer.accumulation is 5, which does not divide optimizer.batch, 24; change one."
+        "orl pretrain: optimizer.accumulation is 5, which does not divide optimizer.batch, 24, into parts of at least "
+        "2 photos; change one."
     ]
 
 

@@ -5,6 +5,8 @@ never resume it, and going back to them finds it again.
 """
 
 import fcntl
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ class State:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / "lock", "w")  # noqa: SIM115 - the kernel lets go when the process ends, however
+        held = weakref.ref(self.lock)  # workers forked off would hold the lock after a kill, so they close theirs
+        os.register_at_fork(after_in_child=lambda: file.close() if (file := held()) else None)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

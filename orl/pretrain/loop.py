@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -84,12 +85,15 @@ def processes() -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but {torch.cuda.device_count()} "
+                f"GPUs are visible; start one for each."
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+    yield dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # not after an error: the others may be waiting for this process; torchrun ends them
 
 
 def train(
@@ -188,6 +192,7 @@ class _Run:
         if not on_gpu:
             torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -206,6 +211,10 @@ class _Run:
                 gradient_as_bucket_view=True,
             )
         if compile:
+            if not shutil.which(os.environ.get("CXX", "g++")):
+                raise InputError(
+                    "compute.compile needs a C++ compiler, and g++ is not there; install it or set it to false."
+                )
             self.forward = torch.compile(self.forward)
         self.no_sync = self.forward.no_sync if size > 1 else nullcontext
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -215,6 +224,8 @@ class _Run:
             self.optimizer = LARS(trained, 0.0, **options, trust=self.schedule.lars_trust)
         else:
             self.optimizer = torch.optim.SGD(trained, 0.0, **options, fused=on_gpu or None)
+            for parameter in trained:  # else a first step that float16 skips would leave what the memory held
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.steps_per_epoch = len(dataset.manifest) // self.schedule.batch
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
         self.step = 0
@@ -234,7 +245,10 @@ class _Run:
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
+        own = [group.get("fused") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, fused in zip(self.optimizer.param_groups, own, strict=True):
+            group["fused"] = fused  # not that of the device on which it was saved
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.rows = saved["step"], saved["rows"]
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
@@ -261,7 +275,10 @@ class _Run:
             images = self.augmented(views, parameters)
             if isinstance(self.model, MoCo):
                 order = rng(self.seed, self.step, number, SHUFFLE).permutation(len(images[0]) * self.size)
-                images.append(torch.from_numpy(order).to(self.device, non_blocking=True))
+                drawn = torch.from_numpy(order)
+                images.append(
+                    (drawn.pin_memory() if self.device.type == "cuda" else drawn).to(self.device, non_blocking=True)
+                )
             with nullcontext() if number == len(parts) - 1 else self.no_sync():
                 with self.autocast:
                     losses, projections = self.forward(*images)
@@ -291,7 +308,7 @@ class _Run:
         bad = self.bad_step.clone()
         if self.size > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad < 0 and not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if bad < 0 and not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             bad = torch.tensor(self.step)
         if bad >= 0:
             kept = (
@@ -353,6 +370,8 @@ class _Run:
         signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
         self.start(state)
         first, parts = self.step, self.schedule.accumulation
+        if parts > 1:
+            self.say(f"gradient accumulation: batch statistics are of {self.schedule.batch // parts} photos each")
         photos = len(self.dataset.manifest), self.schedule.batch, self.schedule.epochs
         batches = Batches(*photos, self.seed, first, parts, self.rank, self.size)
         # On the CPU the network needs the cores; one worker fetches ahead.

@@ -187,7 +187,9 @@ class Loader:
         dataset.at = self.at
         if workers:
             photos = batches.batch // batches.parts // batches.size
-            _check_shared_memory(dataset.bytes_per_photo() * photos * (PREFETCH * workers + 1), workers)
+            beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of the machine's processes has as many
+            needed = dataset.bytes_per_photo() * photos * (PREFETCH * workers + 1) * beside
+            _check_shared_memory(needed, workers * beside)
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,

@@ -211,7 +211,7 @@ def test_kills_at_random_moments_change_nothing(train, photos, manifest_path, tm
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.5))
         process.kill()
-        process.communicate()
+        process.wait()  # not for its workers, which live on for a moment
     last = run(broken)
     assert "going on from step" in last.communicate(timeout=200)[1]
     assert_equal_models(broken, train("whole", LONGER, threads=2))

@@ -23,7 +23,7 @@ rule stage1:
         f"{RESULTS}/logs/stage1{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
-    threads: COMPUTE.threads
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         gpu=lambda wildcards: 0 if given(wildcards.v[1:] or None) else COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
@@ -58,7 +58,7 @@ rule stage3:
         f"{RESULTS}/logs/orl{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/orl{{v}}.tsv"
-    threads: COMPUTE.threads
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         gpu=COMPUTE.gpus,
         checkpoint_minutes=COMPUTE.checkpoint_minutes,
