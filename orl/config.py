@@ -147,7 +147,7 @@ class Stage1(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Temperature of the contrastive loss (`simclr`, `moco`)."""
     queue: Positive = 65536
-    """Keys of earlier photos that serve as negatives (`moco`)."""
+    """Keys of earlier photos that serve as negatives (`moco`); it starts as noise: with few photos, keep it short."""
     shuffled_batch: Annotated[int, Field(ge=2)] = 32
     """Photos that share batch statistics, keys shuffled among them (`moco`; the paper's 256 on 8 GPUs)."""
 
