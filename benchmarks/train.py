@@ -258,8 +258,6 @@ def main() -> None:
             settings=of_stage,
             dataset=dataset,
             threads=args.threads,
-            rank=0,
-            size=1,
             compile=args.compile,
             deterministic=False,
         )

@@ -154,7 +154,6 @@ class Stage1(Section):
 
 # Defaults of `stage1` by method, where they differ from byol's (ORL release, benchmark configs on COCO).
 METHODS: dict[str, dict] = {
-    "byol": {},
     "simclr": {
         "network": {"hidden": 2048, "projection": 128},
         "views": {"jitter": [0.8, 0.8, 0.8, 0.2], "blur_p": [0.5, 0.5], "solarize_p": [0.0, 0.0]},
@@ -525,7 +524,7 @@ def methods_table() -> str:
     """The defaults of the methods of stage 1 that are not byol's, as Markdown table rows."""
     own = {method: _flat(values, "stage1.") for method, values in METHODS.items()}
     keys = list(dict.fromkeys(key for values in own.values() for key in values))
-    cells = [[json.dumps(values[key]) if key in values else "" for values in own.values() if values] for key in keys]
+    cells = [[json.dumps(values[key]) if key in values else "" for values in own.values()] for key in keys]
     return "\n".join(f"| `{key}` | {' | '.join(row)} |" for key, row in zip(keys, cells, strict=True))
 
 
@@ -535,7 +534,7 @@ def write_generated(root: Path) -> dict[Path, str]:
     head, _, rest = readme.read_text().partition("<!-- keys -->\n")
     tail = rest.partition("<!-- /keys -->")[2]
     body = f"| key | type | default | what |\n| --- | --- | --- | --- |\n{table()}\n"
-    named = " | ".join(f"`{method}`" for method, values in METHODS.items() if values)
+    named = " | ".join(f"`{method}`" for method in METHODS)
     body += f"\nDefaults of other methods than `byol`, where they differ:\n\n| key | {named} |\n| --- | --- | --- |\n"
     body += f"{methods_table()}\n"
     return {

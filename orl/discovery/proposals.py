@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+from functools import partial
 
 import cv2
 import numpy as np
@@ -53,25 +54,20 @@ def photo_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:4]) >> 1
 
 
-class _Propose:
+def _kept(config: Config, root: str, manifest: artifacts.Manifest, row: int) -> np.ndarray:
     """Kept boxes of the photo in a row."""
-
-    def __init__(self, config: Config, root: str, manifest: artifacts.Manifest) -> None:
-        self.config, self.root, self.manifest = config, root, manifest
-
-    def __call__(self, row: int) -> np.ndarray:
-        image = load(self.root, self.manifest, row, self.config.data.exif)
-        raw = selective_search(image, photo_seed(self.config.seed, str(self.manifest.image_id[row])))
-        if len(raw) == 0:
-            return np.array([[0, 0, image.shape[1], image.shape[0]]], np.int32)
-        return filter_boxes(raw, **self.config.proposals.model_dump())
+    image = load(root, manifest, row, config.data.exif)
+    raw = selective_search(image, photo_seed(config.seed, str(manifest.image_id[row])))
+    if len(raw) == 0:
+        return np.array([[0, 0, image.shape[1], image.shape[0]]], np.int32)
+    return filter_boxes(raw, **config.proposals.model_dump())
 
 
 def propose(config: Config, root: str, manifest_path: str, output: str, workers: int = 1) -> None:
     """Write proposals.h5; the result does not depend on `workers` (processes). Raises InputError."""
     manifest = artifacts.read_manifest(manifest_path)
     inputs = {"manifest": artifacts.fingerprint(manifest_path)}
-    kept = ordered(_Propose(config, root, manifest), range(len(manifest)), workers, chunk=4)
+    kept = ordered(partial(_kept, config, root, manifest), range(len(manifest)), workers, chunk=4)
     boxes = list(track(kept, len(manifest), "proposals"))
     flat = np.concatenate(boxes)
     with artifacts.create(output, artifacts.PROPOSALS, used(config, "proposals"), inputs) as file:

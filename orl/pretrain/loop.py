@@ -26,6 +26,7 @@ from orl.config import Config, Stage1, Stage3, used
 from orl.data.views import rng
 from orl.networks import backbones, ema
 from orl.networks.ema import Pair
+from orl.pretrain import ranks
 from orl.pretrain.augment import augment
 from orl.pretrain.byol import BYOL
 from orl.pretrain.checkpoint import State
@@ -79,10 +80,10 @@ def random(config: Config, output: Path) -> None:
 
 
 @contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that train together: those of torchrun, else this one."""
+def processes() -> Iterator[None]:
+    """Those that torchrun started train together inside this (see `ranks`); any other process by itself."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0, 1
+        yield
         return
     if torch.cuda.is_available():
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -92,7 +93,7 @@ def processes() -> Iterator[tuple[int, int]]:
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield dist.get_rank(), dist.get_world_size()
+    yield
     dist.destroy_process_group()  # not after an error: the others may be waiting for this process; torchrun ends them
 
 
@@ -147,21 +148,19 @@ def train(
     dataset.photo(0)  # a wrong root shows before the long work
 
     stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), inputs)
-    with processes() as (rank, size):
+    with processes():
         run = _Run(
             config,
             stage,
             settings,
             dataset,
             max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-            rank,
-            size,
             compile,
             deterministic,
         )
-        state = State(output / "state", stamp["fingerprint"], lock=rank == 0)
+        state = State(output / "state", stamp["fingerprint"], lock=run.rank == 0)
         run.loop(state, checkpoint_minutes * 60, log_every)
-        if rank == 0:
+        if run.rank == 0:
             write_model(output, run.model, stamp)
             columns = tuple(run.rows[0])
             artifacts.write_csv(output / "metrics.csv", columns, [[row[name] for name in columns] for row in run.rows])
@@ -177,13 +176,11 @@ class _Run:
         settings: Stage1 | Stage3,
         dataset: ImageViews,
         threads: int,
-        rank: int,
-        size: int,
         compile: bool,
         deterministic: bool,
     ) -> None:
         self.stage, self.dataset, self.threads, self.seed = stage, dataset, threads, config.seed
-        self.schedule, self.rank, self.size = settings.optimizer, rank, size
+        self.schedule, self.rank, self.size = settings.optimizer, ranks.rank(), ranks.count()
         self.device = backbones.device()
         on_gpu = self.device.type == "cuda"
         precision = {"auto": "bfloat16" if on_gpu else "float32"}.get(config.precision, config.precision)
@@ -200,10 +197,10 @@ class _Run:
         self.model: Any = initial(settings, config.seed).to(self.device).train()
         if on_gpu:
             self.model.to(memory_format=torch.channels_last)
-        if size > 1 and on_gpu and not isinstance(self.model, MoCo):  # whose statistics are of small groups
+        if self.size > 1 and on_gpu and not isinstance(self.model, MoCo):  # whose statistics are of small groups
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.forward: Any = self.model
-        if size > 1:
+        if self.size > 1:
             self.forward = DistributedDataParallel(
                 self.model,
                 [self.device.index] if on_gpu else None,
@@ -216,7 +213,7 @@ class _Run:
                     "compute.compile needs a C++ compiler, and g++ is not there; install it or set it to false."
                 )
             self.forward = torch.compile(self.forward)
-        self.no_sync = self.forward.no_sync if size > 1 else nullcontext
+        self.no_sync = self.forward.no_sync if self.size > 1 else nullcontext
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         options: dict[str, Any] = {"momentum": self.schedule.momentum, "weight_decay": self.schedule.weight_decay}
         self.optimizer: torch.optim.Optimizer
@@ -270,7 +267,6 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps_per_epoch, *schedule)
         self.optimizer.zero_grad()
-        seen: dict[str, Tensor] = {}
         for number, (views, parameters) in enumerate(parts):
             images = self.augmented(views, parameters)
             if isinstance(self.model, MoCo):
@@ -286,15 +282,13 @@ class _Run:
                 self.scaler.scale(loss).backward()
             measured = {name: value.detach() for name, value in losses.items()} | spread(projections)
             for name, value in measured.items():
-                seen[name] = seen.get(name, 0) + value / len(parts)
+                self.sums[name] = self.sums.get(name, 0) + value / len(parts)
             is_first_bad = ~loss.detach().isfinite() & (self.bad_step < 0)
             self.bad_step = torch.where(is_first_bad, self.step, self.bad_step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if isinstance(self.model, Pair):
             self.model.update_target(self.momentum(self.step))
-        for name, value in seen.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value
         self.step += 1
 
     def momentum(self, step: int) -> float:

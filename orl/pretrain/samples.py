@@ -209,7 +209,7 @@ class Loader:
             return
         dead = [number for number, worker in enumerate(self.found._workers) if not worker.is_alive()]
         self.found._shutdown_workers()  # else Python waits for workers as long as they heed no SIGTERM
-        if isinstance(error, RuntimeError) and dead and not isinstance(error, InputError):
+        if isinstance(error, RuntimeError) and dead:
             path = os.path.join(self.dataset.root, str(self.dataset.manifest.path[self.at[dead[0]]]))
             raise InputError(
                 f"{path}: a worker process died at this photo (or its neighbour), for want of memory or by a fault in "

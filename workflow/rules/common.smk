@@ -157,20 +157,14 @@ def labels(variant=None):
 
 def label_files(variant):
     """The lists of labels of voc07_svm, in either layout: corrected labels are evaluated again."""
-    root = Path(labels(variant) or "")
-    return (
-        []
-        if SCENES
-        else sorted(
-            map(
-                str,
-                [
-                    *root.glob("annotations/instances_*.json"),
-                    *root.glob("ImageSets/Main/*.txt"),
-                ],
-            )
-        )
-    )
+    root = VARIANTS[variant].downstream.voc07_svm.root
+    if root is None:  # the generated scenes: their folder is the input
+        return []
+    lists = [
+        *Path(root).glob("annotations/instances_*.json"),
+        *Path(root).glob("ImageSets/Main/*.txt"),
+    ]
+    return sorted(map(str, lists))
 
 
 def scores():
