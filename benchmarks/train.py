@@ -42,7 +42,7 @@ from torch.utils.data import default_collate
 from orl import artifacts, config
 from orl.config import Config, Network
 from orl.pretrain.checkpoint import State
-from orl.pretrain.loop import _Run, initial
+from orl.pretrain.loop import _Run, between, initial, mark
 from orl.pretrain.samples import ImageViews, ObjectViews
 
 GFLOP = 65.6  # of an image, stage 1, ResNet-50 at 224 px
@@ -50,20 +50,6 @@ STAGE3 = 1.37  # times that
 PEAK = {"H100": 989.0}  # TFLOP/s of dense bf16, by what the device's name contains
 ROUNDS = 3
 WARM_UP = 3
-
-
-def mark() -> Any:
-    """A moment: on the device's own clock, where it has one, so that nothing need wait for it."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    """Seconds; on a GPU after synchronizing."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 class Run(_Run):

@@ -142,7 +142,7 @@ def blur(images: Tensor, taps: Tensor) -> Tensor:
     return images
 
 
-def _send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+def send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays of one type on the device, in one transfer that nothing waits for."""
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
@@ -178,7 +178,7 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
     x = images.float()
     if plan:
         operations, rows, factors = zip(*plan, strict=True)
-        on_device = zip(operations, _send(list(rows), x.device), _send(list(factors), x.device), strict=True)
+        on_device = zip(operations, send(list(rows), x.device), send(list(factors), x.device), strict=True)
         for operation, index, factor in on_device:
             x[index] = operation(x[index], factor) if factor.numel() else operation(x[index])
     return normalize(x)

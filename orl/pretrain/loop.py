@@ -27,7 +27,7 @@ from orl.data.views import rng
 from orl.networks import backbones, ema
 from orl.networks.ema import Pair
 from orl.pretrain import ranks
-from orl.pretrain.augment import augment
+from orl.pretrain.augment import augment, send
 from orl.pretrain.byol import BYOL
 from orl.pretrain.checkpoint import State
 from orl.pretrain.lars import LARS
@@ -271,10 +271,7 @@ class _Run:
             images = self.augmented(views, parameters)
             if isinstance(self.model, MoCo):
                 order = rng(self.seed, self.step, number, SHUFFLE).permutation(len(images[0]) * self.size)
-                drawn = torch.from_numpy(order)
-                images.append(
-                    (drawn.pin_memory() if self.device.type == "cuda" else drawn).to(self.device, non_blocking=True)
-                )
+                images += send([order], self.device)
             with nullcontext() if number == len(parts) - 1 else self.no_sync():
                 with self.autocast:
                     losses, projections = self.forward(*images)
@@ -371,7 +368,7 @@ class _Run:
         # On the CPU the network needs the cores; one worker fetches ahead.
         on_gpu = self.device.type == "cuda"
         workers = max(1, self.threads - 1) if on_gpu else min(1, self.threads - 1)
-        clock, last_save = _Clock(on_gpu), time.monotonic()
+        clock, last_save = _Clock(), time.monotonic()
         with (
             Loader(self.dataset, batches, workers, on_gpu) as found,
             tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
@@ -395,9 +392,9 @@ class _Run:
                     self.log(self.means(), clock.lap(self.step - first), bar, board)
                 if self.step % self.steps_per_epoch == 0:
                     self.end_epoch()
-                if save and self.rank == 0:
-                    state.save(self.saved())
                 if save:
+                    if self.rank == 0:
+                        state.save(self.saved())
                     last_save = time.monotonic()
                 if asked[0]:
                     break
@@ -426,32 +423,37 @@ class _Run:
                 board.add_scalar(f"{self.stage}/{name}", value, self.step)
 
 
+def mark() -> Any:
+    """A moment; of a GPU by its own clock: while it still works, the program may wait for data at no cost."""
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds from one `mark` to another; on a GPU, once it has come to both."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
 class _Clock:
     """How long a training takes, and which share of it the device waits for data; in all and since the last lap."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu, self.began = on_gpu, time.monotonic()
-        self.waited = 0.0
+    def __init__(self) -> None:
+        self.began, self.waited = time.monotonic(), 0.0
         self.last = (0, self.began)  # steps and time at the last lap
         self.marks: list[tuple[Any, Any]] = []  # of each wait since then
 
-    def mark(self) -> Any:
-        """A moment; of a GPU by its own clock: while it still works, the program may wait for data at no cost."""
-        if not self.on_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        start = self.mark()
+        start = mark()
         yield
-        self.marks.append((start, self.mark()))
+        self.marks.append((start, mark()))
 
     def lap(self, steps: int) -> tuple[int, float, float]:
         """Steps, seconds and share of waiting since the last lap, of which `steps` is the number since the start."""
-        waited = sum(a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in self.marks)
+        waited = sum(between(start, end) for start, end in self.marks)
         now, (before, start) = time.monotonic(), self.last
         self.last, self.marks = (steps, now), []
         self.waited += waited

@@ -1,4 +1,4 @@
-"""What the contrastive objectives need to know of the other processes; without any they are rank 0 of 1."""
+"""What a process of a training needs to know of the others; without any it is rank 0 of 1."""
 
 from typing import Any
 

@@ -111,9 +111,14 @@ def found(stage, variant=None):
     return f"{RESULTS}/{place(stage, owner(stage, variant))}"
 
 
+def variant_of(wildcards):
+    """The variant that wildcard v stands for (None: the run itself)."""
+    return wildcards.get("v", "")[1:] or None
+
+
 def of(stage, *file):
     """Input function: where the stage lies for the variant of wildcard v, or a file in its folder."""
-    return lambda wildcards: "/".join([found(stage, wildcards.v[1:] or None), *file])
+    return lambda wildcards: "/".join([found(stage, variant_of(wildcards)), *file])
 
 
 def evaluated(wildcards):
@@ -126,7 +131,7 @@ def decides(stage):
     """Params function: the settings that decide a stage's result, as JSON for --settings."""
 
     def as_json(wildcards):
-        used = settings.used(VARIANTS[wildcards.get("v", "")[1:] or None], stage)
+        used = settings.used(VARIANTS[variant_of(wildcards)], stage)
         return json.dumps(
             {key: value for key, value in used.items() if key != "version"}
         )

@@ -2,7 +2,7 @@ rule voc07_svm:
     input:
         backbone=evaluated,
         photos=ROOT if SCENES else [],
-        labels=lambda wildcards: label_files(wildcards.v[1:] or None),
+        labels=lambda wildcards: label_files(variant_of(wildcards)),
     output:
         f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
     log:
@@ -15,7 +15,7 @@ rule voc07_svm:
     params:
         settings=decides("voc07_svm"),
         version=settings.RESULT_VERSION["voc07_svm"],
-        labels=lambda wildcards: labels(wildcards.v[1:] or None),
+        labels=lambda wildcards: labels(variant_of(wildcards)),
     shell:
         "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
         "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "

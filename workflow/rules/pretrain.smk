@@ -1,3 +1,17 @@
+# What both trainings do alike.
+LIMITS = {
+    "checkpoint_minutes": COMPUTE.checkpoint_minutes,
+    "log_every": COMPUTE.log_every,
+    "compile_step": int(COMPUTE.compile),
+    "deterministic": int(COMPUTE.deterministic),
+}
+OPTIONS = (
+    "--output $(dirname {output.backbone:q}) --threads {threads} "
+    "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
+    "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
+)
+
+
 # The folder models/MODEL/state, which is not declared, holds the checkpoints: Snakemake deletes a failed job's outputs.
 rule random:
     output:
@@ -14,7 +28,7 @@ rule random:
 
 rule stage1:
     input:
-        lambda wildcards: given(wildcards.v[1:] or None) or of("manifest")(wildcards),
+        lambda wildcards: given(variant_of(wildcards)) or of("manifest")(wildcards),
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
@@ -25,24 +39,19 @@ rule stage1:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
-        gpu=lambda wildcards: 0 if given(wildcards.v[1:] or None) else COMPUTE.gpus,
-        checkpoint_minutes=COMPUTE.checkpoint_minutes,
-        log_every=COMPUTE.log_every,
-        compile_step=int(COMPUTE.compile),
-        deterministic=int(COMPUTE.deterministic),
+        **LIMITS,
+        gpu=lambda wildcards: 0 if given(variant_of(wildcards)) else COMPUTE.gpus,
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
         photos=lambda wildcards, input: (
             []
-            if given(wildcards.v[1:] or None)
+            if given(variant_of(wildcards))
             else ["--root", ROOT, "--manifest", *input]
         ),
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
-        "--output $(dirname {output.backbone:q}) --threads {threads} "
-        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
-        "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
+        + OPTIONS
 
 
 rule stage3:
@@ -60,11 +69,8 @@ rule stage3:
         f"{RESULTS}/benchmarks/orl{{v}}.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **LIMITS,
         gpu=COMPUTE.gpus,
-        checkpoint_minutes=COMPUTE.checkpoint_minutes,
-        log_every=COMPUTE.log_every,
-        compile_step=int(COMPUTE.compile),
-        deterministic=int(COMPUTE.deterministic),
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
@@ -72,6 +78,4 @@ rule stage3:
     shell:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
-        "--output $(dirname {output.backbone:q}) --threads {threads} "
-        "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
-        "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
+        + OPTIONS
