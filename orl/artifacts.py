@@ -7,11 +7,16 @@ three: no clock and no host, so equal runs make equal files.
 
 import contextlib
 import csv
+import errno
 import hashlib
+import itertools
 import json
 import os
+import platform
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from orl import InputError
 
 MANIFEST_COLUMNS = ("image_id", "path", "width", "height", "bytes", "part")
 REJECTED_COLUMNS = ("path", "reason")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # Writing
@@ -30,10 +36,18 @@ REJECTED_COLUMNS = ("path", "reason")
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block succeeds and is removed when it fails."""
+    """A temporary path beside `path` that takes its name when the block succeeds and is removed when it fails.
+
+    What processes of this machine that were killed left of the same file is removed, too. Raises OSError: no room.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    mine = f".{path.name}.{platform.node()}-"
+    for left in path.parent.iterdir():
+        pid = left.name.removeprefix(mine).partition("-")[0]
+        if left.name.startswith(mine) and left.suffix == ".tmp" and pid.isdecimal() and not _runs(int(pid)):
+            left.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{mine}{os.getpid()}-", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -44,8 +58,33 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # HDF5 tells the number of the system's error in the text only, and closing a file as a RuntimeError.
+        told = re.search(r"errno = (\d+)", str(error))
+        if getattr(error, "errno", None) in NO_ROOM or (told and int(told[1]) in NO_ROOM):
+            raise OSError(f"{path}: no room for it on the disk; free some and run again.") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def check_room(path: str | os.PathLike, size: int) -> None:
+    """Raise OSError unless a file of `size` bytes fits where `path` shall lie."""
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{path}: needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in {folder}; free some.")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -79,11 +118,98 @@ def stamp(schema: str, settings: Mapping, inputs: Mapping[str, str]) -> dict[str
 
 
 @contextlib.contextmanager
-def create(path: str | os.PathLike, schema: str, settings: Mapping, inputs: Mapping[str, str]) -> Iterator[h5py.File]:
-    """A new HDF5 file with its attributes set, to be filled in the block; appears under `path` when complete."""
+def create(
+    path: str | os.PathLike, schema: str, settings: Mapping, inputs: Mapping[str, str], part: "Part | None" = None
+) -> Iterator[h5py.File]:
+    """A new HDF5 file with its attributes set, to be filled in the block; appears under `path` when complete.
+
+    A shard says which `part` of the manifest it holds; else it has the attributes of the whole, fingerprint included.
+    """
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs.update(stamp(schema, settings, inputs))
+        file.attrs.update(sorted(stamp(schema, settings, inputs).items()))  # in the order in which `merge` finds them
+        if part:
+            file.attrs["rows"] = json.dumps([part.start, part.stop, part.total])
         yield file
+
+
+# Shards
+
+Shard = tuple[int, int] | None  # number (from 1) and count; None: the whole, in a file of its own
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a manifest of `total` rows that a shard holds."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def rows(self) -> range:
+        """As a range."""
+        return range(self.start, self.stop)
+
+
+def part(total: int, shard: Shard) -> Part:
+    """The rows of a shard; lengths differ by 1 at most."""
+    number, count = shard or (1, 1)
+    return Part(total * (number - 1) // count, total * number // count, total)
+
+
+def tile(paths: Sequence[str | os.PathLike]) -> list[tuple[str, range]]:
+    """The files that together hold every row of a manifest, and the rows of each, in their order.
+
+    A whole file alone has no rows of its own: its range is empty. Raises InputError: shards of different runs, or rows
+    that are missing or there twice.
+    """
+    first = attributes(paths[0])
+    found: list[tuple[str, Part]] = []
+    for path in map(str, paths):
+        own = attributes(path)
+        if own.get("fingerprint") != first.get("fingerprint"):
+            raise InputError(f"{path}: is of another run or other settings than {paths[0]}; make it again.")
+        if "rows" not in own:
+            if len(paths) == 1:
+                return [(path, range(0))]
+            raise InputError(f"{path}: is no shard; name it alone, or only shards.")
+        with _explained(path, "make it again"):
+            found.append((path, Part(*json.loads(own["rows"]))))
+    found.sort(key=lambda shard: (shard[1].start, shard[1].stop))
+    end = 0
+    for path, held in found:
+        if held.start != end:
+            what = "missing" if held.start > end else "there twice"
+            raise InputError(f"{path}: rows {min(end, held.start)} to {max(end, held.start)} before it are {what}; "
+                             f"name each shard once.")  # fmt: skip
+        end = held.stop
+    if end != found[-1][1].total:
+        raise InputError(f"{path}: rows {end} to {found[-1][1].total} after it are missing; name every shard.")
+    return [(path, held.rows) for path, held in found]
+
+
+def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
+    """Join shards into one file, equal to the one that a single run over all rows makes. Raises InputError."""
+    shards = [path for path, _ in tile(paths)]
+    whole = attributes(shards[0])
+    schema = whole.get("schema", "")
+    if schema not in LAYOUT:
+        raise InputError(f"{shards[0]}: holds {schema or 'no schema'!r}, of which there are no shards to merge.")
+    parts = [_read(path, schema, shards=True) for path in shards]
+    with atomic(output) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
+        for name, *arrays in zip(LAYOUT[schema], *parts, strict=True):
+            if name.endswith("_offsets"):
+                ends = np.cumsum([0, *(array[-1] for array in arrays)])
+                moved = [array[1:] + end for array, end in zip(arrays, ends, strict=False)]
+                file[name] = np.concatenate([arrays[0][:1], *moved])
+                continue
+            rows = sum(map(len, arrays))
+            joined = file.create_dataset(name, (rows, *arrays[0].shape[1:]), np.result_type(*arrays))
+            start = 0
+            for array in arrays:
+                joined[start : start + len(array)] = array
+                start += len(array)
 
 
 # Reading
@@ -132,12 +258,14 @@ def fingerprint(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: str | os.PathLike, schema: str, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The named datasets as read-only memory maps at their offsets in the file. Raises InputError."""
+def _read(path: str | os.PathLike, schema: str, shards: bool = False) -> list[np.ndarray]:
+    """The datasets of a file as read-only memory maps at their offsets in it. Raises InputError."""
     arrays: list[np.ndarray] = []
     with _explained(path, "make it again"), h5py.File(path, "r") as file:
         _check_schema(path, file.attrs.get("schema"), schema)
-        for name in names:
+        if "rows" in file.attrs and not shards:
+            raise InputError(f"{path}: is one shard; `orl merge` all of them, and name the file that this makes.")
+        for name in LAYOUT[schema]:
             dataset = file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.chunks or dataset.is_virtual or dataset.external:
                 raise ValueError(f"{name} is not stored in one piece")
@@ -191,8 +319,11 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         header = next(reader, [])
         if tuple(header) != MANIFEST_COLUMNS:
             raise InputError(f"{path}: its columns are {header}, but {list(MANIFEST_COLUMNS)} are needed.")
-        columns = list(zip(*reader, strict=True)) or [()] * len(MANIFEST_COLUMNS)
-        text = {name: np.array(column, dtype=str) for name, column in zip(MANIFEST_COLUMNS, columns, strict=True)}
+        pieces = [[np.array([], str)] * len(MANIFEST_COLUMNS)]
+        while lines := list(itertools.islice(reader, 10_000)):  # as Python's text, a million lines take 2 GB
+            pieces.append([np.array(column, str) for column in zip(*lines, strict=True)])
+        columns = map(np.concatenate, zip(*pieces, strict=True))
+        text = dict(zip(MANIFEST_COLUMNS, columns, strict=True))
         numbers = {name: text[name].astype(np.int64) for name in ("width", "height", "bytes")}
     if len(text["path"]) < 2:
         raise InputError(f"{path}: lists {len(text['path'])} photos; at least two are needed.")
@@ -249,31 +380,38 @@ class Correspondences:
 
 EMBEDDINGS, NEIGHBORS, PROPOSALS = "orl.embeddings/1", "orl.neighbors/1", "orl.proposals/1"
 ROIS, CORRESPONDENCES, MODEL = "orl.rois/1", "orl.correspondences/1", "orl.model/1"
+LAYOUT = {
+    EMBEDDINGS: ("embedding",),
+    NEIGHBORS: ("index", "similarity"),
+    PROPOSALS: ("box", "box_offsets"),
+    ROIS: ("feature",),
+    CORRESPONDENCES: ("neighbor", "pair", "similarity", "pair_offsets"),
+}
 
 
 def read_embeddings(path: str | os.PathLike) -> Embeddings:
     """Read embeddings.h5. Raises InputError."""
-    return Embeddings(*_read(path, EMBEDDINGS, ("embedding",)))
+    return Embeddings(*_read(path, EMBEDDINGS))
 
 
 def read_neighbors(path: str | os.PathLike) -> Neighbors:
     """Read neighbors.h5. Raises InputError."""
-    return Neighbors(*_read(path, NEIGHBORS, ("index", "similarity")))
+    return Neighbors(*_read(path, NEIGHBORS))
 
 
 def read_proposals(path: str | os.PathLike) -> Proposals:
     """Read proposals.h5. Raises InputError."""
-    return Proposals(*_read(path, PROPOSALS, ("box", "box_offsets")))
+    return Proposals(*_read(path, PROPOSALS))
 
 
 def read_rois(path: str | os.PathLike) -> Rois:
-    """Read rois.h5. Raises InputError."""
-    return Rois(*_read(path, ROIS, ("feature",)))
+    """Read rois.h5, or a shard of it. Raises InputError."""
+    return Rois(*_read(path, ROIS, shards=True))
 
 
 def read_correspondences(path: str | os.PathLike) -> Correspondences:
     """Read correspondences.h5. Raises InputError."""
-    return Correspondences(*_read(path, CORRESPONDENCES, ("neighbor", "pair", "similarity", "pair_offsets")))
+    return Correspondences(*_read(path, CORRESPONDENCES))
 
 
 # Weights

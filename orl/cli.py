@@ -69,13 +69,13 @@ def _embed(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.embed import embed
 
     gpus.take_one(args.gpus)
-    embed(config, args.root, args.manifest, args.model, args.output, args.threads)
+    embed(config, args.root, args.manifest, args.model, args.output, args.threads, args.shard)
 
 
 def _propose(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.proposals import propose
 
-    propose(config, args.root, args.manifest, args.output, args.threads)
+    propose(config, args.root, args.manifest, args.output, args.threads, args.shard)
 
 
 def _neighbors(args: argparse.Namespace, config: Config) -> None:
@@ -88,13 +88,21 @@ def _rois(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.rois import rois
 
     gpus.take_one(args.gpus)
-    rois(config, args.root, args.manifest, args.proposals, args.backbone, args.output, args.threads)
+    files = (args.manifest, args.proposals, args.backbone, args.output)
+    rois(config, args.root, *files, args.threads, args.shard)
 
 
 def _correspond(args: argparse.Namespace, config: Config) -> None:
     from orl.discovery.correspondences import correspond
 
-    correspond(config, args.manifest, args.neighbors, args.proposals, args.rois, args.output)
+    files = (args.manifest, args.neighbors, args.proposals, args.rois, args.output)
+    correspond(config, *files, args.threads, args.shard)
+
+
+def _merge(args: argparse.Namespace, config: Config) -> None:
+    from orl.artifacts import merge
+
+    merge(args.shards, args.output)
 
 
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
@@ -144,6 +152,10 @@ def parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"GPUs to use at most (default: {most}); 0: the CPU. Waits while other jobs hold them",
         )
+
+    def takes_shard(sub: argparse.ArgumentParser) -> None:
+        what = "only part NUMBER (from 1) of COUNT of the photos; `orl merge` joins them (those of rois stay apart)"
+        sub.add_argument("--shard", type=_shard, metavar="NUMBER/COUNT", help=what)
 
     def command(
         name: str,
@@ -207,7 +219,8 @@ def parser() -> argparse.ArgumentParser:
         settings=["embeddings", "data.exif"],
     )
     uses_gpu(sub, "1")
-    command(
+    takes_shard(sub)
+    sub = command(
         "propose",
         _propose,
         "find boxes that may hold an object, by selective search",
@@ -216,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
         output="proposals.h5 to write",
         settings=["proposals", "seed", "data.exif"],
     )
+    takes_shard(sub)
     command(
         "neighbors",
         _neighbors,
@@ -236,17 +250,22 @@ def parser() -> argparse.ArgumentParser:
         settings=["rois", "data.exif"],
     )
     uses_gpu(sub, "1")
-    command(
+    takes_shard(sub)
+    sub = command(
         "correspond",
         _correspond,
         "pair the RoIs of each photo with those of its neighbours",
         MANIFEST,
         ("--neighbors", "FILE", "neighbors.h5, made by `orl neighbors`"),
         PROPOSALS,
-        ("--rois", "FILE", "rois.h5, made by `orl rois`"),
         output="correspondences.h5 to write",
         settings=["correspondences"],
     )
+    rois_help = "rois.h5, made by `orl rois`, or all its shards"
+    sub.add_argument("--rois", nargs="+", required=True, metavar="FILE", help=rois_help)
+    takes_shard(sub)
+    sub = command("merge", _merge, "join the shards of embed, propose or correspond", output="HDF5 file to write")
+    sub.add_argument("shards", nargs="+", metavar="SHARD", help="all shards, in any order")
     sub = command(
         "evaluate",
         _evaluate,
@@ -282,6 +301,13 @@ def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NUMBER/COUNT, with a number from 1 to the count")
+    return int(number), int(count)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from orl import InputError
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -180,6 +181,8 @@ class Embeddings(Section):
     """Short side after resizing, pixels."""
     crop: Annotated[int, Field(ge=16)] = 224
     """Side of the centre crop, pixels."""
+    precision: Precision = "auto"
+    """Arithmetic; auto: float16 on a GPU, float32 on the CPU (release: float32)."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "Embeddings":
@@ -213,6 +216,8 @@ class Rois(Section):
 
     size: Annotated[int, Field(ge=16)] = 224
     """Side to which a RoI is resized (aspect not kept), pixels."""
+    precision: Precision = "auto"
+    """Arithmetic; auto: float16 on a GPU, float32 on the CPU (release: float32)."""
 
 
 class Correspondences(Section):
@@ -293,6 +298,22 @@ class Downstream(Section):
     voc07_svm: Voc07Svm = Voc07Svm()
 
 
+Shards = Annotated[int, Field(ge=1, le=1000)]
+
+
+class ShardCounts(Section):
+    """Parts of the photos, of each of which a job of its own takes care. A count counts when a stage is made anew."""
+
+    embeddings: Shards = 1
+    """Jobs of `embed`."""
+    proposals: Shards = 1
+    """Jobs of `propose`."""
+    rois: Shards = 1
+    """Jobs of `rois`."""
+    correspondences: Shards = 1
+    """Jobs of `correspond`."""
+
+
 class Compute(Section):
     """How fast, never what: changing these reruns nothing."""
 
@@ -300,6 +321,7 @@ class Compute(Section):
     """CPU threads of one job at most, of a training for each GPU (Snakemake gives what `--cores` allows)."""
     gpus: Annotated[int, Field(ge=0)] = 8
     """GPUs that a training asks for at most (other GPU jobs: one); it takes what there is, and the CPU without one."""
+    shards: ShardCounts = ShardCounts()
     checkpoint_minutes: Positive = 15
     """Minutes between checkpoints inside an epoch; every epoch's end saves one too."""
     log_every: Positive = 50
@@ -317,8 +339,8 @@ class Config(Section):
     """Name of the run; everything lies under results/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Discovery and evaluation use float32."""
+    precision: Precision = "auto"
+    """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Evaluation uses float32."""
     data: Data = Data()
     stage1: Stage1 = Stage1()
     embeddings: Embeddings = Embeddings()

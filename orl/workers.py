@@ -1,6 +1,7 @@
 """The same work on many items, in many processes, results in order."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -55,3 +56,13 @@ def _start(function: Callable) -> None:
 
 def _call(item: Any) -> Any:
     return _work(item)
+
+
+def check_shared_memory(needed: int, workers: int, folder: str = "/dev/shm") -> None:
+    """Raise InputError where the batches of torch's workers would not fit: they would die without a word."""
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else needed
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 1e6:.0f} MB are free, but the batches of {workers} workers take {needed / 1e6:.0f}; "
+            f"enlarge it (Docker: --shm-size), or use fewer --threads or a smaller batch."
+        )

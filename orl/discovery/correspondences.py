@@ -1,10 +1,19 @@
 """RoI pairs between each photo and its neighbours."""
 
+from bisect import bisect
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from orl import artifacts
 from orl.config import Config, used
 from orl.progress import track
+from orl.workers import ordered
+
+MEMORY = 256e6  # bytes of features that a process holds at a time
 
 
 def top_pairs(query: np.ndarray, key: np.ndarray, ratio: float = 0.1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -14,8 +23,14 @@ def top_pairs(query: np.ndarray, key: np.ndarray, ratio: float = 0.1) -> tuple[n
     (float32 [p]): cosines, best first, ties by lower flat index (query_index * m + key_index).
     """
     query, key = np.asarray(query, np.float32), np.asarray(key, np.float32)
-    similarity = (query @ key.T).ravel()
-    count = max(1, int(ratio * len(query)))
+    return _best(query, key, query @ key.T, max(1, int(ratio * len(query))))
+
+
+def _best(
+    query: np.ndarray, key: np.ndarray, product: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`top_pairs` of which the matrix product is known."""
+    similarity = product.ravel()
     # A matrix product rounds equal rows differently from place to place: candidates are computed anew, one by one.
     cut = np.partition(similarity, -count)[-count] - 1e-5
     candidates = np.flatnonzero(similarity >= cut)
@@ -25,31 +40,85 @@ def top_pairs(query: np.ndarray, key: np.ndarray, ratio: float = 0.1) -> tuple[n
     return here[best], there[best], exact[best]
 
 
-def correspond(
-    config: Config, manifest_path: str, neighbors_path: str, proposals_path: str, rois_path: str, output: str
-) -> None:
-    """Write correspondences.h5. Raises InputError."""
-    manifest = artifacts.read_manifest(manifest_path)
-    neighbor = artifacts.read_neighbors(neighbors_path).index
-    found, feature = artifacts.read_proposals(proposals_path), artifacts.read_rois(rois_path).feature
-    artifacts.check_rows(neighbors_path, len(neighbor), len(manifest), manifest_path)
-    artifacts.check_rows(proposals_path, len(found.box_offsets) - 1, len(manifest), manifest_path)
-    artifacts.check_rows(rois_path, len(feature), len(found.box), proposals_path)
-    named = (("neighbors", neighbors_path), ("proposals", proposals_path), ("rois", rois_path))
-    inputs = {name: artifacts.fingerprint(path) for name, path in named}
-    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
-    artifacts.check_input(rois_path, "proposals", inputs["proposals"])
+def _pairs(
+    neighbor: np.ndarray, offsets: np.ndarray, rois_paths: Sequence[str], ratio: float, rows: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs uint16 [P, 2] and similarities float16 [P] of the photos `rows` with each of their neighbours.
 
-    offsets, ratio = found.box_offsets, config.correspondences.ratio
-    counts = np.array([max(1, int(ratio * rois)) for rois in np.diff(offsets)])
-    pair_offsets = np.concatenate([[0], np.cumsum(np.repeat(counts, neighbor.shape[1]))])
-    pair, similarity = np.empty((pair_offsets[-1], 2), np.uint16), np.empty(pair_offsets[-1], np.float16)
-    for row in track(range(len(manifest)), len(manifest), "correspondences"):
-        query = np.asarray(feature[offsets[row] : offsets[row + 1]], np.float32)
-        for slot, other in enumerate(neighbor[row], row * neighbor.shape[1]):
-            key = feature[offsets[other] : offsets[other + 1]]
-            here = slice(*pair_offsets[slot : slot + 2])
-            pair[here, 0], pair[here, 1], similarity[here] = top_pairs(query, key, ratio)
-    with artifacts.create(output, artifacts.CORRESPONDENCES, used(config, "correspondences"), inputs) as file:
-        file["neighbor"] = neighbor
-        file["pair"], file["similarity"], file["pair_offsets"] = pair, similarity, pair_offsets
+    Their features are read once, in the order in which they lie in the files: a block needs many photos twice, and a
+    disk reads forward. The maps are opened for the block alone, so that what was read counts as this process's memory
+    no longer than that.
+    """
+    maps = [artifacts.read_rois(path).feature for path in rois_paths]
+    starts = [0, *accumulate(map(len, maps))]
+    features: dict[int, np.ndarray] = {}
+    for row in np.unique(np.append(neighbor[rows.start : rows.stop], rows)).tolist():
+        first, last = offsets[row : row + 2].tolist()
+        at = bisect(starts, first) - 1
+        features[row] = np.array(maps[at][first - starts[at] : last - starts[at]])
+    pairs: list[np.ndarray] = []
+    similarities: list[np.ndarray] = []
+    with threadpool_limits(1):
+        for row in rows:
+            query = features[row].astype(np.float32)
+            count = max(1, int(ratio * len(query)))
+            others = [features[other] for other in neighbor[row].tolist()]
+            ends = [0, *accumulate(map(len, others))]
+            keys = np.concatenate(others, dtype=np.float32, casting="safe")
+            product = query @ keys.T
+            for start, end in pairwise(ends):
+                *pair, similarity = _best(query, keys[start:end], product[:, start:end], count)
+                pairs.append(np.stack(pair, 1).astype(np.uint16))
+                similarities.append(similarity.astype(np.float16))
+    return np.concatenate(pairs), np.concatenate(similarities)
+
+
+def correspond(
+    config: Config,
+    manifest_path: str,
+    neighbors_path: str,
+    proposals_path: str,
+    rois_paths: Sequence[str],
+    output: str,
+    workers: int = 1,
+    shard: artifacts.Shard = None,
+) -> None:
+    """Write correspondences.h5, or a shard of it, with `workers` processes, on which the result does not depend.
+
+    `rois_paths`: rois.h5, or all its shards. Raises InputError.
+    """
+    neighbor = artifacts.read_neighbors(neighbors_path).index
+    found = artifacts.read_proposals(proposals_path)
+    offsets, manifest = np.array(found.box_offsets), artifacts.fingerprint(manifest_path)
+    artifacts.check_input(proposals_path, "manifest", manifest)
+    artifacts.check_input(neighbors_path, "manifest", manifest)
+    artifacts.check_rows(neighbors_path, len(neighbor), len(offsets) - 1, proposals_path)
+    named = (("neighbors", neighbors_path), ("proposals", proposals_path), ("rois", rois_paths[0]))
+    inputs = {name: artifacts.fingerprint(path) for name, path in named}
+    tiles = artifacts.tile(rois_paths)
+    for path, rows in tiles:
+        artifacts.check_input(path, "proposals", inputs["proposals"])
+        held = len(found.box) if len(tiles) == 1 else int(offsets[rows.stop] - offsets[rows.start])
+        artifacts.check_rows(path, len(artifacts.read_rois(path).feature), held, proposals_path)
+    width = artifacts.read_rois(rois_paths[0]).feature.shape[1]
+
+    part, k = artifacts.part(len(neighbor), shard), neighbor.shape[1]
+    photo = len(found.box) / len(neighbor) * width * 2  # bytes
+    step = max(1, int(MEMORY / (photo * (k + 1))))
+    blocks = [range(start, min(start + step, part.stop)) for start in range(part.start, part.stop, step)]
+    ratio = config.correspondences.ratio
+    counts = np.maximum(1, (ratio * np.diff(offsets[part.start : part.stop + 1])).astype(np.int64))
+    pair_offsets = np.concatenate([[0], np.cumsum(np.repeat(counts, k))])
+    work = partial(_pairs, neighbor, offsets, [path for path, _ in tiles], ratio)
+    blocks_done = track(ordered(work, blocks, workers), len(blocks), "correspondences, blocks of photos")
+    settings = used(config, "correspondences")
+    with artifacts.create(output, artifacts.CORRESPONDENCES, settings, inputs, shard and part) as file:
+        file["neighbor"] = neighbor[part.start : part.stop]
+        pair = file.create_dataset("pair", (pair_offsets[-1], 2), np.uint16)
+        similarity = file.create_dataset("similarity", (pair_offsets[-1],), np.float16)
+        start = 0
+        for pairs, similarities in blocks_done:
+            end = start + len(pairs)
+            pair[start:end], similarity[start:end] = pairs, similarities
+            start = end
+        file["pair_offsets"] = pair_offsets

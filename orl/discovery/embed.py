@@ -1,19 +1,15 @@
 """Image embeddings by the online network of stage 1."""
 
 import numpy as np
-import torch
-from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from orl import InputError, artifacts
+from orl import artifacts
 from orl.config import Config, used
 from orl.data.decode import center_crop, short_side
 from orl.data.manifest import load
-from orl.networks import backbones
+from orl.discovery import encode
 from orl.networks.ema import load_encoder
 from orl.progress import track
-
-BATCH = 64
 
 
 class _Photos(Dataset):
@@ -22,33 +18,37 @@ class _Photos(Dataset):
     def __init__(self, config: Config, root: str, manifest: artifacts.Manifest) -> None:
         self.config, self.root, self.manifest = config, root, manifest
 
-    def __len__(self) -> int:
-        return len(self.manifest)
-
     def __getitem__(self, row: int) -> np.ndarray:
         photo = load(self.root, self.manifest, row, self.config.data.exif)
         return center_crop(short_side(photo, self.config.embeddings.resize), self.config.embeddings.crop)
 
 
-@torch.inference_mode()
-def embed(config: Config, root: str, manifest_path: str, model_path: str, output: str, workers: int = 0) -> None:
-    """Write embeddings.h5: the projector's output for each photo's centre crop, unit rows, float32.
+def embed(
+    config: Config,
+    root: str,
+    manifest_path: str,
+    model_path: str,
+    output: str,
+    workers: int = 0,
+    shard: artifacts.Shard = None,
+) -> None:
+    """Write embeddings.h5, or a shard of it: the projector's output for each photo's centre crop, unit rows, float32.
 
-    Of weights without a projector, the pooled features. `model_path` is a model.safetensors. Raises InputError.
+    Of weights without a projector, the pooled features. `model_path` is a model.safetensors; `workers` processes read
+    the photos (0: this one). Shards and workers do not change the rows. Raises InputError.
     """
     manifest = artifacts.read_manifest(manifest_path)
-    device = backbones.device()
-    model = load_encoder(model_path).to(device)
+    model = load_encoder(model_path)
+    width = model.network.projection if model.head else model.backbone.features
     inputs = {name: artifacts.fingerprint(path) for name, path in (("manifest", manifest_path), ("model", model_path))}
-    photos = DataLoader(_Photos(config, root, manifest), BATCH, num_workers=workers)
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with exact, artifacts.create(output, artifacts.EMBEDDINGS, used(config, "embeddings"), inputs) as file:
-        width = model.network.projection if model.head else model.backbone.features
-        rows = file.create_dataset("embedding", (len(manifest), width), np.float32)
-        start = 0
-        for batch in track(photos, len(photos), "embeddings, batches"):
-            projection = model(backbones.normalize(batch.to(device).permute(0, 3, 1, 2)))
-            if not projection.isfinite().all():
-                raise InputError(f"{model_path}: gives embeddings that are not finite; train it again.")
-            rows[start : start + len(batch)] = normalize(projection).cpu().numpy()
-            start += len(batch)
+    part = artifacts.part(len(manifest), shard)
+    asked, encoder = config.embeddings, encode.Encoder(model, model_path, config.embeddings.precision)
+    numbers = encode.whole_batches(part.rows, len(manifest))
+    size = encode.BATCH * asked.crop**2 * 3
+    photos = encode.load(_Photos(config, root, manifest), numbers, encode.BATCH, workers, size, encoder.device)
+    settings = used(config, "embeddings")
+    with artifacts.create(output, artifacts.EMBEDDINGS, settings, inputs, shard and part) as file:
+        rows = file.create_dataset("embedding", (len(part.rows), width), np.float32)
+        starts = numbers[:: encode.BATCH]
+        for start, batch in zip(starts, track(photos, len(starts), "embeddings, batches"), strict=True):
+            encode.put(rows, part.rows, start, encoder(batch, manifest.path[start : start + len(batch)]))

@@ -63,13 +63,20 @@ def _kept(config: Config, root: str, manifest: artifacts.Manifest, row: int) -> 
     return filter_boxes(raw, **config.proposals.model_dump())
 
 
-def propose(config: Config, root: str, manifest_path: str, output: str, workers: int = 1) -> None:
-    """Write proposals.h5; the result does not depend on `workers` (processes). Raises InputError."""
+def propose(
+    config: Config, root: str, manifest_path: str, output: str, workers: int = 1, shard: artifacts.Shard = None
+) -> None:
+    """Write proposals.h5, or a shard of it, with `workers` processes, on which the result does not depend.
+
+    Raises InputError.
+    """
     manifest = artifacts.read_manifest(manifest_path)
     inputs = {"manifest": artifacts.fingerprint(manifest_path)}
-    kept = ordered(partial(_kept, config, root, manifest), range(len(manifest)), workers, chunk=4)
-    boxes = list(track(kept, len(manifest), "proposals"))
-    flat = np.concatenate(boxes)
-    with artifacts.create(output, artifacts.PROPOSALS, used(config, "proposals"), inputs) as file:
-        file["box"] = flat.astype(np.int16 if flat.max() <= np.iinfo(np.int16).max else np.int32)
+    part = artifacts.part(len(manifest), shard)
+    kept = ordered(partial(_kept, config, root, manifest), part.rows, workers, chunk=4)
+    boxes = list(track(kept, len(part.rows), "proposals"))
+    flat = np.concatenate([np.empty((0, 4), np.int32), *boxes])
+    settings = used(config, "proposals")
+    with artifacts.create(output, artifacts.PROPOSALS, settings, inputs, shard and part) as file:
+        file["box"] = flat.astype(np.int16 if flat.max(initial=0) <= np.iinfo(np.int16).max else np.int32)
         file["box_offsets"] = np.cumsum([0, *map(len, boxes)], dtype=np.int64)

@@ -1,49 +1,54 @@
 """RoI features: each kept RoI is embedded once, whoever's neighbour its photo is."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from orl import InputError, artifacts
 from orl.config import Config, used
 from orl.data.decode import resize_crop
 from orl.data.manifest import load
+from orl.discovery import encode
 from orl.networks import backbones
 from orl.progress import track
 
-BATCH = 64
+
+class _Crops(Dataset):
+    """Crops of a photo, which is decoded once: those of its RoIs whose number is in `numbers`, uint8 [n, S, S, 3]."""
+
+    def __init__(
+        self, config: Config, root: str, manifest: artifacts.Manifest, found: artifacts.Proposals, numbers: range
+    ) -> None:
+        self.config, self.root, self.manifest, self.found, self.numbers = config, root, manifest, found, numbers
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        photo, size = load(self.root, self.manifest, row, self.config.data.exif), self.config.rois.size
+        first, last = self.found.box_offsets[row : row + 2]
+        boxes = self.found.box[max(first, self.numbers.start) : min(last, self.numbers.stop)].tolist()
+        crops = np.empty((len(boxes), size, size, 3), np.uint8)
+        for crop, (x, y, w, h) in zip(crops, boxes, strict=True):
+            crop[:] = resize_crop(photo, (x, y, w, h), (size, size))
+        return crops
 
 
-class _Crops(IterableDataset):
-    """Crops of RoIs uint8 [size, size, 3] in the order of the boxes, in full batches across photos.
-
-    Worker w of W makes batches w, w + W, …, which the loader takes in turn; a photo is decoded once per batch
-    that its RoIs reach into.
-    """
-
-    def __init__(self, config: Config, root: str, manifest: artifacts.Manifest, found: artifacts.Proposals) -> None:
-        self.config, self.root, self.manifest, self.found = config, root, manifest, found
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        worker = get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for first in range(offset * BATCH, len(self.found.box), stride * BATCH):
-            numbers = np.arange(first, min(first + BATCH, len(self.found.box)))
-            rows = np.searchsorted(self.found.box_offsets, numbers, side="right") - 1
-            crops = []
-            for row in np.unique(rows):
-                photo = load(self.root, self.manifest, int(row), self.config.data.exif)
-                for number in numbers[rows == row]:
-                    x, y, w, h = self.found.box[number].tolist()
-                    crops.append(resize_crop(photo, (x, y, w, h), (self.config.rois.size, self.config.rois.size)))
-            yield np.stack(crops)
+def _batches(crops: Iterable[Tensor], size: int, pin: bool) -> Iterator[Tensor]:
+    """The crops of many photos in batches that are full, the last one apart; each is overwritten by the next."""
+    batch, filled = torch.empty((encode.BATCH, size, size, 3), dtype=torch.uint8, pin_memory=pin), 0
+    for found in crops:
+        for piece in found.tensor_split(tuple(range(encode.BATCH - filled, len(found), encode.BATCH))):
+            batch[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled == encode.BATCH:
+                yield batch
+                filled = 0
+    if filled:
+        yield batch[:filled]
 
 
-@torch.inference_mode()
 def rois(
     config: Config,
     root: str,
@@ -52,28 +57,40 @@ def rois(
     backbone_path: str,
     output: str,
     workers: int = 0,
+    shard: artifacts.Shard = None,
 ) -> None:
-    """Write rois.h5: pooled backbone features of every proposal, unit rows, float16. Raises InputError."""
+    """Write rois.h5, or a shard of it: pooled backbone features of every proposal, unit rows, float16.
+
+    `workers` processes cut the crops (0: this one). Shards and workers do not change the rows. Raises InputError, and
+    OSError where the disk has no room.
+    """
     manifest, found = artifacts.read_manifest(manifest_path), artifacts.read_proposals(proposals_path)
-    artifacts.check_rows(proposals_path, len(found.box_offsets) - 1, len(manifest), manifest_path)
+    offsets = found.box_offsets
+    artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), manifest_path)
     artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
-    sizes = np.repeat(np.stack([manifest.width, manifest.height], 1), np.diff(found.box_offsets), axis=0)
+    sizes = np.repeat(np.stack([manifest.width, manifest.height], 1), np.diff(offsets), axis=0)
     if not (found.box[:, :2] + found.box[:, 2:].astype(np.int64) <= sizes).all():
         raise InputError(f"{proposals_path}: holds boxes outside their photos; make it again.")
-    device = backbones.device()
-    model = backbones.load(backbone_path).to(device)
+    model = backbones.load(backbone_path)
     named = (("manifest", manifest_path), ("proposals", proposals_path), ("backbone", backbone_path))
     inputs = {name: artifacts.fingerprint(path) for name, path in named}
-    count = len(found.box)
-    print(f"rois: {count} RoIs, {count * model.features * 2 / 1e9:.2f} GB on disk", file=sys.stderr)
-    crops = DataLoader(_Crops(config, root, manifest, found), batch_size=None, num_workers=workers)
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with exact, artifacts.create(output, artifacts.ROIS, used(config, "rois"), inputs) as file:
-        rows = file.create_dataset("feature", (count, model.features), np.float16)
-        start = 0
-        for batch in track(crops, -(-count // BATCH), "rois, batches"):
-            feature = model(backbones.normalize(batch.to(device).permute(0, 3, 1, 2)))
-            if not feature.isfinite().all():
-                raise InputError(f"{backbone_path}: gives features that are not finite; train it again.")
-            rows[start : start + len(batch)] = normalize(feature).half().cpu().numpy()
-            start += len(batch)
+    part = artifacts.part(len(manifest), shard)
+    own = range(int(offsets[part.start]), int(offsets[part.stop]))
+    size, row_bytes = config.rois.size, model.features * 2
+    whole = f", of {len(found.box) * row_bytes / 1e9:.2f} GB in all" if shard else ""
+    print(f"rois: {len(own)} RoIs, {len(own) * row_bytes / 1e9:.2f} GB on disk{whole}", file=sys.stderr)
+    artifacts.check_room(output, len(own) * row_bytes)
+
+    numbers = encode.whole_batches(own, len(found.box))
+    first, last = np.searchsorted(offsets, (numbers.start, numbers.stop - 1), "right") - 1 if own else (0, -1)
+    photos = range(int(first), int(last) + 1)
+    encoder = encode.Encoder(model, backbone_path, config.rois.precision)
+    most = int(np.diff(offsets).max()) * size**2 * 3
+    crops = _Crops(config, root, manifest, found, numbers)
+    read = encode.load(crops, photos, None, workers, most, encoder.device)
+    with artifacts.create(output, artifacts.ROIS, used(config, "rois"), inputs, shard and part) as file:
+        rows = file.create_dataset("feature", (len(own), model.features), np.float16)
+        batches = _batches(track(read, len(photos), "rois, photos"), size, encoder.device.type == "cuda")
+        for start, batch in zip(numbers[:: encode.BATCH], batches, strict=True):
+            of = np.searchsorted(offsets, np.arange(start, start + len(batch)), "right") - 1
+            encode.put(rows, own, start, encoder(batch, manifest.path[of]))

@@ -5,7 +5,6 @@ interruption changes a sample. A sample's key is (epoch, row of the manifest).
 """
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from ctypes import Array
@@ -22,6 +21,7 @@ from orl.data.decode import Exif, resize_crop
 from orl.data.manifest import load
 from orl.data.views import Box, jitter_box, random_resized_crop, rng
 from orl.pretrain.augment import draw
+from orl.workers import check_shared_memory
 
 Sample = tuple[tuple[np.ndarray, ...], np.ndarray]
 ORDER, CHOICE, SHUFFLE = 100, 101, 102  # numbers that no view has: of an epoch's order, a sample's choices, MoCo
@@ -189,7 +189,7 @@ class Loader:
             photos = batches.batch // batches.parts // batches.size
             beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of the machine's processes has as many
             needed = dataset.bytes_per_photo() * photos * (PREFETCH * workers + 1) * beside
-            _check_shared_memory(needed, workers * beside)
+            check_shared_memory(needed, workers * beside)
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -221,13 +221,3 @@ def _start_worker(_: int) -> None:
     # A cluster signals every process of a job: the workers must serve until the main one has saved (20 s at most).
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _check_shared_memory(needed: int, workers: int, folder: str = "/dev/shm") -> None:
-    """Raise InputError where the batches of the workers would not fit: they would die without a word."""
-    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else needed
-    if free < needed:
-        raise InputError(
-            f"{folder}: {free / 1e6:.0f} MB are free, but the batches of {workers} workers take {needed / 1e6:.0f}; "
-            f"enlarge it (Docker: --shm-size), or use fewer --threads or a smaller batch."
-        )

@@ -101,7 +101,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_the_file_holds_the_pairs_of_each_photo_and_neighbour(files, tmp_path, ratio):
     output = tmp_path / "correspondences.h5"
-    correspond(config.parse({"correspondences": {"ratio": ratio}}), *files, str(output))
+    correspond(config.parse({"correspondences": {"ratio": ratio}}), *files[:3], files[3:], str(output))
     found, feature = artifacts.read_correspondences(output), artifacts.read_rois(files[3]).feature
     dtypes = [found.neighbor.dtype, found.pair.dtype, found.similarity.dtype, found.pair_offsets.dtype]
     assert dtypes == [np.int32, np.uint16, np.float16, np.int64]
@@ -120,13 +120,13 @@ def test_the_file_holds_the_pairs_of_each_photo_and_neighbour(files, tmp_path, r
 
 def test_equal_inputs_make_equal_files(files, tmp_path):
     for name in "ab":
-        correspond(config.parse({}), *files, str(tmp_path / name))
+        correspond(config.parse({}), *files[:3], files[3:], str(tmp_path / name))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def refused(files, tmp_path, match):
     with pytest.raises(InputError, match=match):
-        correspond(config.parse({}), *files, str(tmp_path / "new.h5"))
+        correspond(config.parse({}), *files[:3], files[3:], str(tmp_path / "new.h5"))
     assert not (tmp_path / "new.h5").exists()
 
 
@@ -148,7 +148,14 @@ def test_proposals_of_another_manifest_are_refused(files, tmp_path):
 def test_files_of_another_number_of_photos_are_refused(files, tmp_path):
     lines = (tmp_path / "manifest.csv").read_text().splitlines(keepends=True)
     (tmp_path / "other.csv").write_text("".join(lines[:-1]))
-    refused([str(tmp_path / "other.csv"), *files[1:]], tmp_path, "neighbors.h5: has 4 rows, but .*other.csv has 3")
+    origin = {"manifest": artifacts.fingerprint(tmp_path / "other.csv")}
+    with artifacts.create(tmp_path / "p.h5", artifacts.PROPOSALS, {}, origin) as file:
+        file["box"], file["box_offsets"] = np.ones((3, 4), np.int16), np.arange(4)
+    others = [str(tmp_path / "other.csv"), files[1], str(tmp_path / "p.h5"), files[3]]
+    refused(others, tmp_path, "neighbors.h5: was made from another manifest")
+    with artifacts.create(files[1], artifacts.NEIGHBORS, {}, origin) as file:
+        file["index"], file["similarity"] = NEIGHBOR, np.ones((4, 2), np.float32)
+    refused(others, tmp_path, "neighbors.h5: has 4 rows, but .*p.h5 has 3")
 
 
 def test_rois_of_another_number_of_boxes_are_refused(files, tmp_path):

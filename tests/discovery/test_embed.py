@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from orl import InputError, artifacts
-from orl.discovery import embed as module
+from orl.discovery import encode
 from orl.discovery.embed import embed
 from orl.networks.backbones import ResNet
 from orl.networks.ema import load_encoder
@@ -54,7 +54,7 @@ def test_workers_make_equal_files(embeddings_path, inputs, tiny, tmp_path, worke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_matter(embeddings_path, inputs, tiny, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(encode, "BATCH", 3)
     embed(tiny, *inputs, str(tmp_path / "again.h5"), workers)
     found = artifacts.read_embeddings(tmp_path / "again.h5").embedding
     np.testing.assert_allclose(found, artifacts.read_embeddings(embeddings_path).embedding, atol=1e-5)
@@ -96,4 +96,6 @@ def test_weights_that_give_no_finite_numbers_are_named(inputs, tiny, tmp_path):
     tensors["online.projector.3.weight"][0, 0] = float("nan")
     path = tmp_path / "model.safetensors"
     artifacts.write_weights(path, tensors, artifacts.attributes(inputs[2]))
-    refused(tiny, [*inputs[:2], str(path)], tmp_path, f"{path}: gives embeddings that are not finite")
+    refused(
+        tiny, [*inputs[:2], str(path)], tmp_path, f"{path}: gives features that are not finite for .*; train it again"
+    )

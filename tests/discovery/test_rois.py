@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from orl import InputError, artifacts
-from orl.discovery import rois as module
+from orl.discovery import encode
 from orl.discovery.rois import rois
 from orl.networks import backbones
 from orl.networks.backbones import ResNet
@@ -57,7 +57,7 @@ def test_workers_make_equal_files(rois_path, inputs, tiny, tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_may_end_within_a_photo(rois_path, inputs, tiny, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(encode, "BATCH", 3)
     rois(tiny, *inputs, str(tmp_path / "again.h5"), workers)
     found, expected = artifacts.read_rois(tmp_path / "again.h5").feature, artifacts.read_rois(rois_path).feature
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=1e-3)
@@ -118,4 +118,6 @@ def test_weights_that_give_no_finite_numbers_are_named(inputs, tiny, tmp_path):
     tensors["conv1.weight"][0, 0] = float("inf")
     path = tmp_path / "backbone.safetensors"
     artifacts.write_weights(path, tensors, artifacts.attributes(inputs[3]))
-    refused(tiny, [*inputs[:3], str(path)], tmp_path, f"{path}: gives features that are not finite")
+    refused(
+        tiny, [*inputs[:3], str(path)], tmp_path, f"{path}: gives features that are not finite for .*; train it again"
+    )

@@ -1,6 +1,7 @@
 # The checked config, where each stage's files lie, and the final outputs.
 import hashlib
 import json
+import os
 import shlex
 import sys
 from functools import cache
@@ -40,7 +41,7 @@ UPSTREAM = {
     "stage1": ("manifest",),
     "embeddings": ("manifest", "stage1"),
     "proposals": ("manifest",),
-    "neighbors": ("embeddings",),
+    "neighbors": ("manifest", "embeddings"),
     "rois": ("stage1", "proposals"),
     "correspondences": ("neighbors", "rois"),
     "stage3": ("correspondences",),
@@ -52,7 +53,7 @@ PATHS = {
     "embeddings": "discovery{v}/embeddings.h5",
     "proposals": "discovery{v}/proposals.h5",
     "neighbors": "discovery{v}/neighbors.h5",
-    "rois": "discovery{v}/rois.h5",
+    "rois": "discovery{v}/rois",
     "correspondences": "discovery{v}/correspondences.h5",
     "stage3": "models/orl{v}",
 }
@@ -109,6 +110,32 @@ def place(stage, variant):
 def found(stage, variant=None):
     """File or folder where a stage of a variant lies."""
     return f"{RESULTS}/{place(stage, owner(stage, variant))}"
+
+
+def shards(stage, variant=None):
+    """The files of the shards of a stage.
+
+    As many as compute.shards says, unless a complete set with these settings is there: another count reruns nothing.
+    """
+    folder = Path(found(stage, variant).removesuffix(".h5"))
+
+    def files(count):
+        return [
+            f"{folder}/{number:04}-of-{count:04}.h5" for number in range(1, count + 1)
+        ]
+
+    counts = [getattr(COMPUTE.shards, stage)]
+    made = place(stage, owner(stage, variant))
+    if HELD.get(made) == digest(stage, variant):
+        counts += sorted(int(file.stem[-4:]) for file in folder.glob("0001-of-????.h5"))
+    complete = (count for count in counts if all(map(os.path.exists, files(count))))
+    return files(next(complete, counts[0]))
+
+
+def number_of(wildcards):
+    """The shard that wildcard shard stands for, as --shard takes it."""
+    number, count = map(int, wildcards.shard.split("-of-"))
+    return f"{number}/{count}"
 
 
 def variant_of(wildcards):
@@ -202,6 +229,8 @@ if not any(map(labels, VARIANTS)):
 wildcard_constraints:
     v="(-[A-Za-z0-9_]+)?",
     model="random|stage1|orl",
+    shard=r"\d{4}-of-\d{4}",
+    merged="embeddings|proposals|correspondences",
 
 
 onstart:

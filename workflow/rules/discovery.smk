@@ -3,40 +3,43 @@ rule embed:
         manifest=of("manifest"),
         model=of("stage1", "model.safetensors"),
     output:
-        f"{RESULTS}/discovery{{v}}/embeddings.h5",
+        f"{RESULTS}/discovery{{v}}/embeddings/{{shard}}.h5",
     log:
-        f"{RESULTS}/logs/embed{{v}}.log",
+        f"{RESULTS}/logs/embed{{v}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/embed{{v}}.tsv"
+        f"{RESULTS}/benchmarks/embed{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     resources:
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("embeddings"),
         version=settings.RESULT_VERSION["embeddings"],
+        shard=number_of,
         root=ROOT,
     shell:
         "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
-        "--model {input.model:q} --output {output:q} --threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
+        "--model {input.model:q} --output {output:q} --shard {params.shard} --threads {threads} --gpus {resources.gpu} "
+        "2>&1 | tee {log:q}"
 
 
 rule propose:
     input:
         manifest=of("manifest"),
     output:
-        f"{RESULTS}/discovery{{v}}/proposals.h5",
+        f"{RESULTS}/discovery{{v}}/proposals/{{shard}}.h5",
     log:
-        f"{RESULTS}/logs/propose{{v}}.log",
+        f"{RESULTS}/logs/propose{{v}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/propose{{v}}.tsv"
+        f"{RESULTS}/benchmarks/propose{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     params:
         settings=decides("proposals"),
         version=settings.RESULT_VERSION["proposals"],
+        shard=number_of,
         root=ROOT,
     shell:
         "orl propose --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
-        "--output {output:q} --threads {threads} 2>&1 | tee {log:q}"
+        "--output {output:q} --shard {params.shard} --threads {threads} 2>&1 | tee {log:q}"
 
 
 rule neighbors:
@@ -63,22 +66,23 @@ rule rois:
         proposals=of("proposals"),
         backbone=of("stage1", "backbone.safetensors"),
     output:
-        f"{RESULTS}/discovery{{v}}/rois.h5",
+        f"{RESULTS}/discovery{{v}}/rois/{{shard}}.h5",
     log:
-        f"{RESULTS}/logs/rois{{v}}.log",
+        f"{RESULTS}/logs/rois{{v}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/rois{{v}}.tsv"
+        f"{RESULTS}/benchmarks/rois{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     resources:
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("rois"),
         version=settings.RESULT_VERSION["rois"],
+        shard=number_of,
         root=ROOT,
     shell:
         "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
-        "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --threads {threads} "
-        "--gpus {resources.gpu} 2>&1 | tee {log:q}"
+        "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --shard {params.shard} "
+        "--threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
 
 
 rule correspond:
@@ -86,18 +90,30 @@ rule correspond:
         manifest=of("manifest"),
         neighbors=of("neighbors"),
         proposals=of("proposals"),
-        rois=of("rois"),
+        rois=lambda wildcards: shards("rois", variant_of(wildcards)),
     output:
-        f"{RESULTS}/discovery{{v}}/correspondences.h5",
+        f"{RESULTS}/discovery{{v}}/correspondences/{{shard}}.h5",
     log:
-        f"{RESULTS}/logs/correspond{{v}}.log",
+        f"{RESULTS}/logs/correspond{{v}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/correspond{{v}}.tsv"
+        f"{RESULTS}/benchmarks/correspond{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     params:
         settings=decides("correspondences"),
         version=settings.RESULT_VERSION["correspondences"],
+        shard=number_of,
     shell:
         "orl correspond --settings {params.settings:q} --manifest {input.manifest:q} --neighbors {input.neighbors:q} "
-        "--proposals {input.proposals:q} --rois {input.rois:q} --output {output:q} --threads {threads} "
-        "2>&1 | tee {log:q}"
+        "--proposals {input.proposals:q} --rois {input.rois:q} --output {output:q} --shard {params.shard} "
+        "--threads {threads} 2>&1 | tee {log:q}"
+
+
+rule merge:
+    input:
+        lambda wildcards: shards(wildcards.merged, variant_of(wildcards)),
+    output:
+        f"{RESULTS}/discovery{{v}}/{{merged}}.h5",
+    log:
+        f"{RESULTS}/logs/merge{{v}}/{{merged}}.log",
+    shell:
+        "orl merge --output {output:q} {input:q} 2>&1 | tee {log:q}"
