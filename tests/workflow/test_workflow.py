@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -29,6 +30,7 @@ TINY = {
     "rois": {"size": 32},
     "stage3": {"patch": 24},
     "downstream": {"voc07_svm": {"resize": 72, "size": 64, "costs": [0.01]}},
+    "compute": {"shards": {"proposals": 2, "rois": 3, "correspondences": 2}},
 }
 
 
@@ -85,7 +87,10 @@ def test_the_run_makes_every_file(finished):
     assert neighbors.index.shape == (24, 3)
     proposals = artifacts.read_proposals(discovery / "proposals.h5")
     assert len(proposals.box_offsets) == 25
-    assert artifacts.read_rois(discovery / "rois.h5").feature.shape == (len(proposals.box), 512)
+    shards = artifacts.tile(sorted((discovery / "rois").iterdir()))
+    assert [rows for _, rows in shards] == [range(8), range(8, 16), range(16, 24)]
+    features = [artifacts.read_rois(path).feature for path, _ in shards]
+    assert np.concatenate(features).shape == (len(proposals.box), 512)
     found = artifacts.read_correspondences(discovery / "correspondences.h5")
     assert (found.neighbor == neighbors.index).all()
     assert found.pair_offsets[-1] == len(found.pair) >= 24 * 3
@@ -126,7 +131,7 @@ def test_the_page_stands_alone(finished):
     assert all(value.startswith(("data:", "#")) for value in page.loaded)
 
 
-DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
+DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
 
 
 @pytest.mark.parametrize(
@@ -135,24 +140,28 @@ DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
         ({}, {}),
         ({"compute": {"threads": 1, "gpus": 0, "checkpoint_minutes": 1, "log_every": 7, "compile": True,
                       "deterministic": True}}, {}),
+        ({"compute": {"shards": {"embeddings": 5, "proposals": 1, "rois": 4, "correspondences": 9}}}, {}),
+        ({"compute": {"shards": {"rois": 5, "correspondences": 4}}, "rois": {"size": 40}},
+         {"rois": 5, **DISCOVERY, "correspond": 4}),
         ({"stage3": {"patch": 16}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"stage3": {"optimizer": {"lr": 0.5}}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
         ({"neighbors": {"k": 2}}, {"neighbors": 1, **DISCOVERY}),
-        ({"rois": {"size": 40}}, {"rois": 1, **DISCOVERY}),
-        ({"proposals": {"top_n": 4}}, {"propose": 1, "rois": 1, **DISCOVERY}),
-        ({"embeddings": {"resize": 48}}, {"embed": 1, "neighbors": 1, **DISCOVERY}),
+        ({"rois": {"size": 40}}, {"rois": 3, **DISCOVERY}),
+        ({"proposals": {"top_n": 4}}, {"propose": 2, "rois": 3, **DISCOVERY, "merge": 2}),
+        ({"embeddings": {"resize": 48}}, {"embed": 1, "neighbors": 1, **DISCOVERY, "merge": 2}),
         ({"downstream": {"voc07_svm": {"costs": [0.1]}}}, {"voc07_svm": 3, "report": 1}),
         (
             {"stage1": {"optimizer": {"epochs": 3}}},
-            {"stage1": 1, "embed": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 2},
+            {"stage1": 1, "embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, "voc07_svm": 2},
         ),
         ({"variants": {"same": {"neighbors": {"k": 3}}}}, {}),
         ({"variants": {"k2": {"neighbors": {"k": 2}}}}, {"neighbors": 1, **DISCOVERY}),
         ({"variants": {"p": {"stage3": {"patch": 16}}, "q": {"stage3": {"patch": 16}}}},
          {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"variants": {"seed1": {"seed": 1}}},
-         {"random": 1, "stage1": 1, "embed": 1, "propose": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 3}),
+         {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 3,
+          "voc07_svm": 3}),
     ],
 )  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(finished, change, jobs):
@@ -170,7 +179,7 @@ def test_jobs_are_given_the_gpus_they_want_as_far_as_there_are(tmp_path, wanted,
     assert done.returncode == 0, done.stdout + done.stderr
     lines = re.findall(r"^Shell command: (orl .+)$", done.stdout + done.stderr, re.MULTILINE)
     found = {line: int(number) for line in lines for number in re.findall(r" --gpus (\d+)", line)}
-    assert len(found) == 7
+    assert len(found) == 10  # stages 1 and 3, embed, neighbors, rois' three shards, three evaluations
     for line, number in found.items():
         assert number == (training if "orl pretrain" in line else others)
         assert "orl pretrain" not in line or " --compile 1 --deterministic 0 " in line
@@ -221,6 +230,34 @@ def test_an_interrupted_stage_reruns_alone(copy):
     assert plan(copy, TINY) == {}
 
 
+def test_a_shard_that_is_lost_is_the_only_one_that_reruns(copy):
+    (copy / "results/tiny/discovery/rois/0002-of-0003.h5").unlink()
+    assert plan(copy, TINY)["rois"] == 1
+    (copy / "results/tiny/discovery/proposals/0001-of-0002.h5").unlink()
+    assert plan(copy, TINY)["propose"] == 1
+
+
+def test_a_photo_that_is_damaged_between_stages_stops_its_shard_alone(copy):
+    """Mended, the run goes on with that shard; and ends with the files of the undisturbed one."""
+    discovery = copy / "results" / "tiny" / "discovery"
+    before = {path.name: path.read_bytes() for path in discovery.glob("*.h5")}
+    manifest = artifacts.read_manifest(copy / "results" / "tiny" / "manifest.csv")
+    photo = copy / "results" / "tiny" / "scenes" / str(manifest.path[20])
+    content = photo.read_bytes()
+    photo.write_bytes(content[:-100])
+    failed = snakemake(copy, TINY, "--forcerun", "propose", "--keep-going")
+    assert failed.returncode == 1
+    log = (copy / "results/tiny/logs/propose/0002-of-0002.log").read_text().splitlines()[-1]
+    assert f"{manifest.path[20]}: photo changed since the manifest was made" in log
+    assert {path.name for path in (discovery / "proposals").iterdir()} == {"0001-of-0002.h5"}
+    photo.write_bytes(content)
+    jobs = plan(copy, TINY)
+    assert (jobs["propose"], jobs["rois"]) == (1, 3)
+    done = snakemake(copy, TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name: path.read_bytes() for path in discovery.glob("*.h5")} == before
+
+
 def weights(path, seed=0):
     """A resnet10 and its projector, saved as the authors' release does."""
     import torch
@@ -252,7 +289,7 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
 
 def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     """Stage 1 is made from the file, and everything after it again; the photos and their boxes stay."""
-    after = {"embed": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 2}
+    after = {"embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, "voc07_svm": 2}
     file = weights(tmp_path / "it's given" / "orl.pth")
     config = changed(stage1={"weights": file})
     done = snakemake(copy, config)
@@ -319,7 +356,6 @@ def test_bad_settings_end_before_any_work(tmp_path, config, sentence):
     [({}, "photo"), ({"a.jpg": b"no photo"}, "a.jpg"), ({"one.png": None}, "only one photo")],
 )
 def test_folders_without_enough_photos(tmp_path, files, sentence):
-    import numpy as np
     from PIL import Image
 
     photos = tmp_path / "photos"
