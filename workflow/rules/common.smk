@@ -40,7 +40,7 @@ UPSTREAM = {
     "stage1": ("manifest",),
     "embeddings": ("manifest", "stage1"),
     "proposals": ("manifest",),
-    "neighbors": ("embeddings",),
+    "neighbors": ("manifest", "embeddings"),
     "rois": ("stage1", "proposals"),
     "correspondences": ("neighbors", "rois"),
     "stage3": ("correspondences",),
