@@ -114,7 +114,10 @@ def test_the_fingerprints_form_a_chain(finished):
 
     assert inputs("models/stage1/model.safetensors") == {"manifest": fingerprint("manifest.csv")}
     assert inputs("discovery/embeddings.h5")["model"] == fingerprint("models/stage1/model.safetensors")
-    assert inputs("discovery/neighbors.h5") == {"embeddings": fingerprint("discovery/embeddings.h5")}
+    assert inputs("discovery/neighbors.h5") == {
+        "manifest": fingerprint("manifest.csv"),
+        "embeddings": fingerprint("discovery/embeddings.h5"),
+    }
     assert inputs("models/orl/backbone.safetensors")["correspondences"] == fingerprint("discovery/correspondences.h5")
 
 
