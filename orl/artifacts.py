@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from orl import InputError
+from orl import InputError, NoRoomError
 
 MANIFEST_COLUMNS = ("image_id", "path", "width", "height", "bytes", "part")
 REJECTED_COLUMNS = ("path", "reason")
@@ -38,7 +37,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block succeeds and is removed when it fails.
 
-    What processes of this machine that were killed left of the same file is removed, too. Raises OSError: no room.
+    What processes of this machine that were killed left of the same file is removed, too. Raises NoRoomError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         # HDF5 tells the number of the system's error in the text only, and closing a file as a RuntimeError.
         told = re.search(r"errno = (\d+)", str(error))
         if getattr(error, "errno", None) in NO_ROOM or (told and int(told[1]) in NO_ROOM):
-            raise OSError(f"{path}: no room for it on the disk; free some and run again.") from None
+            raise NoRoomError(f"{path}: no room for it on the disk; free some and run again.") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,13 +77,15 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def check_room(path: str | os.PathLike, size: int) -> None:
-    """Raise OSError unless a file of `size` bytes fits where `path` shall lie."""
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(f"{path}: needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in {folder}; free some.")
+def _check_room(path: Path, size: int) -> None:
+    """Raise OSError unless the system lets an empty file grow to `size` bytes: disk, quota and limits."""
+    if size and hasattr(os, "posix_fallocate"):
+        with open(path, "wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -117,15 +118,26 @@ def stamp(schema: str, settings: Mapping, inputs: Mapping[str, str]) -> dict[str
     return {**attributes, "fingerprint": digest}
 
 
+def _new(path: Path, size: int) -> h5py.File:
+    _check_room(path, size)
+    return h5py.File(path, "w")
+
+
 @contextlib.contextmanager
 def create(
-    path: str | os.PathLike, schema: str, settings: Mapping, inputs: Mapping[str, str], part: "Part | None" = None
+    path: str | os.PathLike,
+    schema: str,
+    settings: Mapping,
+    inputs: Mapping[str, str],
+    part: "Part | None" = None,
+    size: int = 0,
 ) -> Iterator[h5py.File]:
     """A new HDF5 file with its attributes set, to be filled in the block; appears under `path` when complete.
 
     A shard says which `part` of the manifest it holds; else it has the attributes of the whole, fingerprint included.
+    Raises NoRoomError, where `size` bytes do not fit before the block begins.
     """
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic(path) as temporary, _new(temporary, size) as file:
         file.attrs.update(sorted(stamp(schema, settings, inputs).items()))  # in the order in which `merge` finds them
         if part:
             file.attrs["rows"] = json.dumps([part.start, part.stop, part.total])
@@ -196,7 +208,8 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
     if schema not in LAYOUT:
         raise InputError(f"{shards[0]}: holds {schema or 'no schema'!r}, of which there are no shards to merge.")
     parts = [_read(path, schema, shards=True) for path in shards]
-    with atomic(output) as temporary, h5py.File(temporary, "w") as file:
+    size = sum(array.nbytes for arrays in parts for array in arrays)
+    with atomic(output) as temporary, _new(temporary, size) as file:
         file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
         for name, *arrays in zip(LAYOUT[schema], *parts, strict=True):
             if name.endswith("_offsets"):

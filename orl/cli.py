@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from orl import InputError, __version__, gpus
+from orl import InputError, NoRoomError, __version__, gpus
 from orl.config import Config, load
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
@@ -330,7 +330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") != "0":  # what is wrong everywhere, rank 0 says; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"orl {args.command}: {sentence}", file=sys.stderr)
+        print(f"orl {args.command}: {sentence}", file=sys.stderr, flush=True)
+        if isinstance(error, NoRoomError):
+            os._exit(1)  # a file that HDF5 could not close makes it crash when Python ends
         sys.exit(2 if isinstance(error, InputError) else 1)
     except RuntimeError as error:  # torch's kind
         if os.environ.get("RANK", "0") != "0":  # as a rule because another process failed, which says why

@@ -98,8 +98,8 @@ def correspond(
     tiles = artifacts.tile(rois_paths)
     for path, rows in tiles:
         artifacts.check_input(path, "proposals", inputs["proposals"])
-        held = len(found.box) if len(tiles) == 1 else int(offsets[rows.stop] - offsets[rows.start])
-        artifacts.check_rows(path, len(artifacts.read_rois(path).feature), held, proposals_path)
+        own = len(found.box) if len(tiles) == 1 else int(offsets[rows.stop] - offsets[rows.start])
+        artifacts.check_rows(path, len(artifacts.read_rois(path).feature), own, proposals_path)
     width = artifacts.read_rois(rois_paths[0]).feature.shape[1]
 
     part, k = artifacts.part(len(neighbor), shard), neighbor.shape[1]
@@ -111,8 +111,8 @@ def correspond(
     pair_offsets = np.concatenate([[0], np.cumsum(np.repeat(counts, k))])
     work = partial(_pairs, neighbor, offsets, [path for path, _ in tiles], ratio)
     blocks_done = track(ordered(work, blocks, workers), len(blocks), "correspondences, blocks of photos")
-    settings = used(config, "correspondences")
-    with artifacts.create(output, artifacts.CORRESPONDENCES, settings, inputs, shard and part) as file:
+    settings, held, size = used(config, "correspondences"), shard and part, int(pair_offsets[-1]) * 6
+    with artifacts.create(output, artifacts.CORRESPONDENCES, settings, inputs, held, size) as file:
         file["neighbor"] = neighbor[part.start : part.stop]
         pair = file.create_dataset("pair", (pair_offsets[-1], 2), np.uint16)
         similarity = file.create_dataset("similarity", (pair_offsets[-1],), np.float16)

@@ -46,8 +46,8 @@ def embed(
     numbers = encode.whole_batches(part.rows, len(manifest))
     size = encode.BATCH * asked.crop**2 * 3
     photos = encode.load(_Photos(config, root, manifest), numbers, encode.BATCH, workers, size, encoder.device)
-    settings = used(config, "embeddings")
-    with artifacts.create(output, artifacts.EMBEDDINGS, settings, inputs, shard and part) as file:
+    settings, held = used(config, "embeddings"), shard and part
+    with artifacts.create(output, artifacts.EMBEDDINGS, settings, inputs, held, len(part.rows) * width * 4) as file:
         rows = file.create_dataset("embedding", (len(part.rows), width), np.float32)
         starts = numbers[:: encode.BATCH]
         for start, batch in zip(starts, track(photos, len(starts), "embeddings, batches"), strict=True):

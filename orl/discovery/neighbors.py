@@ -52,7 +52,8 @@ def neighbors(config: Config, manifest_path: str, embeddings_path: str, output: 
         attributes["recall"] = f"{hits / (len(tried) * k):.4f}"
         print(f"recall of {settings.index}: {attributes['recall']} of the {k} nearest, measured on {len(tried)} photos",
               file=sys.stderr)  # fmt: skip
-    with artifacts.create(output, artifacts.NEIGHBORS, used(config, "neighbors"), inputs) as file:
+    size = index.nbytes + similarity.nbytes
+    with artifacts.create(output, artifacts.NEIGHBORS, used(config, "neighbors"), inputs, size=size) as file:
         file.attrs.update(attributes)
         file["index"], file["similarity"] = index, similarity
 

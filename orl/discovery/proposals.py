@@ -76,7 +76,7 @@ def propose(
     kept = ordered(partial(_kept, config, root, manifest), part.rows, workers, chunk=4)
     boxes = list(track(kept, len(part.rows), "proposals"))
     flat = np.concatenate([np.empty((0, 4), np.int32), *boxes])
-    settings = used(config, "proposals")
-    with artifacts.create(output, artifacts.PROPOSALS, settings, inputs, shard and part) as file:
+    settings, held = used(config, "proposals"), shard and part
+    with artifacts.create(output, artifacts.PROPOSALS, settings, inputs, held, flat.nbytes // 2) as file:
         file["box"] = flat.astype(np.int16 if flat.max(initial=0) <= np.iinfo(np.int16).max else np.int32)
         file["box_offsets"] = np.cumsum([0, *map(len, boxes)], dtype=np.int64)

@@ -61,8 +61,8 @@ def rois(
 ) -> None:
     """Write rois.h5, or a shard of it: pooled backbone features of every proposal, unit rows, float16.
 
-    `workers` processes cut the crops (0: this one). Shards and workers do not change the rows. Raises InputError, and
-    OSError where the disk has no room.
+    `workers` processes cut the crops (0: this one). Shards and workers do not change the rows. Raises InputError and,
+    before it begins, NoRoomError.
     """
     manifest, found = artifacts.read_manifest(manifest_path), artifacts.read_proposals(proposals_path)
     offsets = found.box_offsets
@@ -79,7 +79,6 @@ def rois(
     size, row_bytes = config.rois.size, model.features * 2
     whole = f", of {len(found.box) * row_bytes / 1e9:.2f} GB in all" if shard else ""
     print(f"rois: {len(own)} RoIs, {len(own) * row_bytes / 1e9:.2f} GB on disk{whole}", file=sys.stderr)
-    artifacts.check_room(output, len(own) * row_bytes)
 
     numbers = encode.whole_batches(own, len(found.box))
     first, last = np.searchsorted(offsets, (numbers.start, numbers.stop - 1), "right") - 1 if own else (0, -1)
@@ -88,7 +87,8 @@ def rois(
     most = int(np.diff(offsets).max()) * size**2 * 3
     crops = _Crops(config, root, manifest, found, numbers)
     read = encode.load(crops, photos, None, workers, most, encoder.device)
-    with artifacts.create(output, artifacts.ROIS, used(config, "rois"), inputs, shard and part) as file:
+    settings, held = used(config, "rois"), shard and part
+    with artifacts.create(output, artifacts.ROIS, settings, inputs, held, len(own) * row_bytes) as file:
         rows = file.create_dataset("feature", (len(own), model.features), np.float16)
         batches = _batches(track(read, len(photos), "rois, photos"), size, encoder.device.type == "cuda")
         for start, batch in zip(numbers[:: encode.BATCH], batches, strict=True):

@@ -92,7 +92,7 @@ def test_a_disk_without_room(commands, name, tmp_path):
     """A limit on the size of files stands for the disk: the system refuses the same writes."""
     command, output = [*commands[0][name], "--output", str(tmp_path / "new.h5")], tmp_path / "new.h5"
     output.write_bytes(b"what was there")
-    limit = (commands[1] / f"{name}.h5").stat().st_size - 100
+    limit = 100
 
     def few_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -105,17 +105,21 @@ def test_a_disk_without_room(commands, name, tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_rois_ask_for_room_before_they_begin(commands, tmp_path, monkeypatch, capsys):
-    from orl import cli
-
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(SystemExit) as end:
-        cli.main([*commands[0]["rois"][:-1], "1", "--output", str(tmp_path / "new.h5")])
-    assert end.value.code == 1
-    *_, size, sentence = capsys.readouterr().err.splitlines()
-    assert "GB on disk" in size
-    assert "new.h5: needs 0.00 GB, but 0.00 GB are free" in sentence
+def test_a_disk_that_fills_while_it_is_written_to(tmp_path):
+    """HDF5 notices when it closes a dataset, where no exception can be raised, and again when it closes the file."""
+    script = f"""
+import resource, numpy as np
+from orl import artifacts, cli
+def fill(args, config):
+    with artifacts.create({str(tmp_path / "new.h5")!r}, artifacts.NEIGHBORS, {{}}, {{}}) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        file["index"] = np.zeros(10_000)
+cli._neighbors = fill
+cli.main("neighbors --manifest m --embeddings e --output o".split())
+"""
+    full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].endswith("new.h5: no room for it on the disk; free some and run again.")
     assert list(tmp_path.iterdir()) == []
 
 
