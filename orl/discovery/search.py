@@ -20,6 +20,7 @@ PIECE = 2**28  # bytes of rows searched among at a time
 GATHER = 2**22  # numbers of candidates' rows held at a time
 TOGETHER = 64  # rows with open ties that are settled at a time
 GPU_CANDIDATES = 2048  # FAISS finds no more on a GPU
+TRAINED = 2**16  # rows to train an index on, or 64 per centroid if these are more
 ADVISED = 39  # training rows per centroid at least, by FAISS's own advice
 
 Find = Callable[[np.ndarray], np.ndarray]  # rows float32 [B, D] -> candidates int64 [B, C], -1: none
@@ -214,7 +215,7 @@ def _train(made: faiss.Index, embedding: np.ndarray, index: str, pool: np.ndarra
         for options in (getattr(owner, "cp", None) for owner in (part, getattr(part, "pq", None))):
             if options:
                 options.min_points_per_centroid = 1
-    size = min(len(pool), max(2**16, 64 * least))
+    size = min(len(pool), max(TRAINED, 64 * least))
     print(f"training {index} on {size} photos", file=sys.stderr, flush=True)
     made.train(embedding[pool[np.sort(np.random.default_rng(0).choice(len(pool), size, replace=False))]])
 

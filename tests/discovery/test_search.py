@@ -195,6 +195,49 @@ def test_threads_do_not_matter(kind, parameters, monkeypatch):
         np.testing.assert_array_equal(found, one)
 
 
+def test_every_call_of_faiss_has_one_thread(monkeypatch):
+    """Sums of float32 and HNSW's graph depend on the number of threads."""
+    calls = []
+
+    def record(owner, name):
+        call = getattr(owner, name)
+
+        def recorded(*given, **named):
+            calls.append((name, faiss.omp_get_max_threads()))
+            return call(*given, **named)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(faiss, "knn")
+    for kind in (faiss.IndexHNSWFlat, faiss.IndexIVFFlat):
+        for name in ("train", "add", "search"):
+            record(kind, name)
+    for kind in ("Flat", "HNSW4", "IVF4,Flat"):
+        faiss.omp_set_num_threads(3)
+        search(random_unit(200, 8), 3, kind, threads=3)
+    assert {name for name, _ in calls} == {"knn", "train", "add", "search"}
+    assert {threads for _, threads in calls} == {1}
+
+
+def test_an_index_is_trained_on_a_fixed_sample(monkeypatch):
+    monkeypatch.setattr("orl.discovery.search.TRAINED", 0)
+    trained, train = [], faiss.IndexIVFFlat.train
+    monkeypatch.setattr(faiss.IndexIVFFlat, "train", lambda index, rows: trained.append(rows) or train(index, rows))
+    for _ in range(2):
+        search(random_unit(1000, 8), 3, "IVF4,Flat", pool=np.arange(200, 1000))
+    assert len(trained[0]) == 256
+    np.testing.assert_array_equal(*trained)
+    assert len(np.unique(trained[0], axis=0)) == 256
+    assert (trained[0][:, None] == random_unit(1000, 8)[200:]).all(-1).any(1).all()
+
+
+@pytest.mark.usefixtures("small")
+def test_ties_of_rows_for_which_an_index_finds_too_few():
+    embedding = np.eye(8, dtype=np.float32)[[0] * 60 + [1] * 3]
+    index, _ = search(embedding, 10, "IVF2,Flat", "nprobe=1")
+    assert index[60:].tolist() == [[61, 62, *range(8)], [60, 62, *range(8)], [60, 61, *range(8)]]
+
+
 @pytest.mark.parametrize(("kind", "parameters"), COMPLETE)
 @pytest.mark.parametrize("make", [random_unit, halves])
 def test_batches_do_not_matter(make, kind, parameters, request):
