@@ -231,7 +231,6 @@ def test_an_index_is_trained_on_a_fixed_sample(monkeypatch):
     assert (trained[0][:, None] == random_unit(1000, 8)[200:]).all(-1).any(1).all()
 
 
-@pytest.mark.usefixtures("small")
 def test_ties_of_rows_for_which_an_index_finds_too_few():
     embedding = np.eye(8, dtype=np.float32)[[0] * 60 + [1] * 3]
     index, _ = search(embedding, 10, "IVF2,Flat", "nprobe=1")
