@@ -322,7 +322,7 @@ Shards = Annotated[int, Field(ge=1, le=1000)]
 
 
 class ShardCounts(Section):
-    """Parts of the photos, of each of which a job of its own takes care. A count counts when a stage is made anew."""
+    """Into how many jobs a stage is cut, each of a range of photos."""
 
     embeddings: Shards = 1
     """Jobs of `embed`."""

@@ -233,32 +233,31 @@ def test_an_interrupted_stage_reruns_alone(copy):
     assert plan(copy, TINY) == {}
 
 
-def test_a_shard_that_is_lost_is_the_only_one_that_reruns(copy):
+def test_a_shard_that_is_lost_is_the_only_one_that_reruns_and_only_when_it_is_needed(copy):
+    """RoI features, the largest files, can be deleted as soon as the pairs are found."""
     (copy / "results/tiny/discovery/rois/0002-of-0003.h5").unlink()
-    assert plan(copy, TINY)["rois"] == 1
-    (copy / "results/tiny/discovery/proposals/0001-of-0002.h5").unlink()
-    assert plan(copy, TINY)["propose"] == 1
+    assert plan(copy, TINY) == {}
+    assert plan(copy, changed(correspondences={"ratio": 0.5})) == {"rois": 1, **DISCOVERY}
 
 
-def test_a_photo_that_is_damaged_between_stages_stops_its_shard_alone(copy):
-    """Mended, the run goes on with that shard; and ends with the files of the undisturbed one."""
-    discovery = copy / "results" / "tiny" / "discovery"
-    before = {path.name: path.read_bytes() for path in discovery.glob("*.h5")}
-    manifest = artifacts.read_manifest(copy / "results" / "tiny" / "manifest.csv")
-    photo = copy / "results" / "tiny" / "scenes" / str(manifest.path[20])
+def test_a_photo_that_is_damaged_between_stages_stops_its_shard_alone(finished, tmp_path):
+    """Mended, the run goes on with that shard, and makes what an undisturbed one does."""
+    results = tmp_path / "results" / "tiny"
+    assert snakemake(tmp_path, TINY, "--until", "manifest").returncode == 0
+    name = str(artifacts.read_manifest(results / "manifest.csv").path[20])
+    photo = results / "scenes" / name
     content = photo.read_bytes()
     photo.write_bytes(content[:-100])
-    failed = snakemake(copy, TINY, "--forcerun", "propose", "--keep-going")
-    assert failed.returncode == 1
-    log = (copy / "results/tiny/logs/propose/0002-of-0002.log").read_text().splitlines()[-1]
-    assert f"{manifest.path[20]}: photo changed since the manifest was made" in log
-    assert {path.name for path in (discovery / "proposals").iterdir()} == {"0001-of-0002.h5"}
+    assert snakemake(tmp_path, TINY, "--until", "propose", "--keep-going").returncode == 1
+    log = (results / "logs/propose/0002-of-0002.log").read_text().splitlines()[-1]
+    assert f"{name}: photo changed since the manifest was made" in log
+    shards = results / "discovery" / "proposals"
+    assert {path.name for path in shards.iterdir()} == {"0001-of-0002.h5"}
     photo.write_bytes(content)
-    jobs = plan(copy, TINY)
-    assert (jobs["propose"], jobs["rois"]) == (1, 3)
-    done = snakemake(copy, TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name: path.read_bytes() for path in discovery.glob("*.h5")} == before
+    assert plan(tmp_path, TINY, "--until", "propose") == {"propose": 1}
+    assert snakemake(tmp_path, TINY, "--until", "propose").returncode == 0
+    for path in shards.iterdir():
+        assert path.read_bytes() == (finished / path.relative_to(tmp_path)).read_bytes()
 
 
 def weights(path, seed=0):
