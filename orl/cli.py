@@ -79,9 +79,10 @@ def _propose(args: argparse.Namespace, config: Config) -> None:
 
 
 def _neighbors(args: argparse.Namespace, config: Config) -> None:
-    from orl.discovery.neighbors import neighbors
+    gpus.take_one(args.gpus)
+    from orl.discovery.neighbors import neighbors  # after: FAISS may look for GPUs when it is loaded
 
-    neighbors(config, args.embeddings, args.output, args.threads)
+    neighbors(config, args.manifest, args.embeddings, args.output, args.threads)
 
 
 def _rois(args: argparse.Namespace, config: Config) -> None:
@@ -230,14 +231,16 @@ def parser() -> argparse.ArgumentParser:
         settings=["proposals", "seed", "data.exif"],
     )
     takes_shard(sub)
-    command(
+    sub = command(
         "neighbors",
         _neighbors,
         "find the most similar photos of each photo",
+        MANIFEST,
         ("--embeddings", "FILE", "embeddings.h5, made by `orl embed`"),
         output="neighbors.h5 to write",
         settings=["neighbors"],
     )
+    uses_gpu(sub, "1")
     sub = command(
         "rois",
         _rois,

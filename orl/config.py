@@ -6,6 +6,7 @@ Scientific settings decide results; `compute` decides only how fast they come an
 
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -26,6 +27,13 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     if not 0 < pair[0] <= pair[1]:
         raise ValueError(f"must be two positive numbers, the smaller first, not {list(pair)}")
     return pair
+
+
+def _index(text: str) -> str:
+    # FAISS crashes on counts of 0.
+    if not re.fullmatch(r"[\w,()+]+", text) or re.search(r"[A-Za-z]0", text):
+        raise ValueError("must be a FAISS index, such as Flat or IVF4096,Flat")
+    return text
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
@@ -205,10 +213,22 @@ class Proposals(Section):
 
 
 class Neighbors(Section):
-    """Image neighbours by exact cosine similarity (ORL release, stage 2)."""
+    """Image neighbours by cosine similarity (ORL release, stage 2)."""
 
     k: Positive = 10
     """Neighbours per photo; clipped to the number of other photos."""
+    index: Annotated[str, AfterValidator(_index)] = "Flat"
+    """`Flat`: exact search; for millions of photos, text for FAISS's index_factory: `IVF4096,Flat`, `HNSW32`."""
+    parameters: Annotated[str, Field(pattern=r"^\w+=[1-9][0-9.]*(,\w+=[1-9][0-9.]*)*$")] | None = None
+    """Search parameters of an `index` other than `Flat`: `nprobe=32`, `efSearch=64`; not given: FAISS's."""
+    scope: Literal["all", "within", "across"] = "all"
+    """Neighbours are any photos, those of the same part of the manifest (an image folder of `coco`), or of others."""
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> "Neighbors":
+        if self.parameters and self.index == "Flat":
+            raise ValueError("parameters are for an approximate index, but index is Flat; leave one out")
+        return self
 
 
 class Rois(Section):
@@ -375,6 +395,7 @@ USES: dict[str, tuple[str, ...]] = {
 RESULT_VERSION: dict[str, int] = {
     **dict.fromkeys(USES, 1),
     "embeddings": 2,
+    "neighbors": 2,
     "rois": 2,
     "stage1": 2,
     "stage3": 2,

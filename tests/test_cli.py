@@ -18,7 +18,7 @@ READS = {
     "pretrain --stage stage3": ["--root", "--manifest", "--proposals", "--correspondences"],
     "embed": ["--root", "--manifest", "--model"],
     "propose": ["--root", "--manifest"],
-    "neighbors": ["--embeddings"],
+    "neighbors": ["--manifest", "--embeddings"],
     "rois": ["--root", "--manifest", "--proposals", "--backbone"],
     "correspond": ["--manifest", "--neighbors", "--proposals", "--rois"],
     "evaluate voc07_svm --name stage1": ["--backbone", "--labels"],
@@ -256,8 +256,8 @@ def test_an_output_that_cannot_be_written_is_one_sentence(settings, inputs, tmp_
     for output in (tmp_path / "folder", tmp_path / "file" / "x.h5"):
         status, lines = run(*argv("neighbors", settings, inputs, output), capsys=capsys)
         assert status == 1
-        assert len(lines) == 1
-        assert str(output.name) in lines[0] or str(output.parent) in lines[0]
+        assert len(lines) == 2  # the first says what was done so far
+        assert str(output.name) in lines[1] or str(output.parent) in lines[1]
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
 
 
@@ -275,7 +275,7 @@ def test_exit_statuses(error, status, sentence, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(cli, "_neighbors", fail)
-    found, lines = run("neighbors", "--embeddings", "e", "--output", "n", capsys=capsys)
+    found, lines = run("neighbors", "--manifest", "m", "--embeddings", "e", "--output", "n", capsys=capsys)
     assert found == status
     assert len(lines) == (sentence is not None)
     assert sentence is None or lines[0].startswith(f"orl neighbors: {sentence}")
@@ -283,7 +283,9 @@ def test_exit_statuses(error, status, sentence, monkeypatch, capsys):
 
 @pytest.mark.parametrize("threads", ["0", "-1", "1.5", "two", ""])
 def test_threads_are_counted_from_one(threads, capsys):
-    status, lines = run("neighbors", "--embeddings", "e", "--output", "n", "--threads", threads, capsys=capsys)
+    status, lines = run(
+        "neighbors", "--manifest", "m", "--embeddings", "e", "--output", "n", "--threads", threads, capsys=capsys
+    )
     assert status == 2
     assert "is not a whole number of at least 1" in lines[-1] or "expected one argument" in lines[-1]
 
@@ -327,9 +329,9 @@ def test_as_module_and_as_script(tmp_path):
     for start in ([sys.executable, "-m", "orl"], [script]):
         if not os.path.exists(start[0]):
             pytest.skip("the package is not installed as a script here")
-        line = [*start, "neighbors", "--embeddings", "missing.h5", "--output", "n.h5"]
+        line = [*start, "neighbors", "--manifest", "missing.csv", "--embeddings", "e.h5", "--output", "n.h5"]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stdout == ""
-        assert done.stderr.splitlines() == ["orl neighbors: missing.h5: no such file; make it again."]
+        assert done.stderr.splitlines() == ["orl neighbors: missing.csv: no such file; make it with `orl manifest`."]
     assert list(tmp_path.iterdir()) == []

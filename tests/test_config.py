@@ -64,6 +64,8 @@ def sentence(raw, **options) -> str:
         ("embeddings.resize", 256),
         ("embeddings.crop", 224),
         ("neighbors.k", 10),
+        ("neighbors.index", "Flat"),
+        ("neighbors.scope", "all"),
         ("proposals.min_size", 96),
         ("proposals.max_aspect", 3),
         ("proposals.max_iou", 0.5),
@@ -162,6 +164,13 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(key, nearest):
         ("proposals.max_aspect", 0.9),
         ("proposals.top_n", 2**16),  # RoI numbers are uint16
         ("neighbors.k", 0),
+        ("neighbors.index", ""),
+        ("neighbors.index", "IVF16, Flat"),
+        ("neighbors.index", "IVF0,Flat"),  # at which FAISS crashes
+        ("neighbors.parameters", "nprobe"),
+        ("neighbors.parameters", "nprobe=0"),
+        ("neighbors", {"parameters": "nprobe=3"}),  # with index Flat
+        ("neighbors.scope", "inside"),
         ("correspondences.ratio", 0),
         ("correspondences.ratio", 1.1),
         ("stage3", {"global_weight": 0, "intra_weight": 0, "inter_weight": 0}),
@@ -327,7 +336,10 @@ def test_used_holds_exactly_what_it_says(stage):
 
 
 def test_used_of_a_stage_written_out():
-    assert used(parse({"seed": 4, "neighbors": {"k": 3}}), "neighbors") == {"version": 1, "neighbors": {"k": 3}}
+    assert used(parse({"seed": 4, "neighbors": {"k": 3}}), "neighbors") == {
+        "version": 2,
+        "neighbors": {"k": 3, "index": "Flat", "parameters": None, "scope": "all"},
+    }
     assert used(parse({"seed": 4}), "random") == {
         "version": 1,
         "seed": 4,

@@ -1,141 +1,168 @@
-import faiss
+import re
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from orl import InputError, artifacts, config
-from orl.discovery.neighbors import SPARE, neighbors, search
+from orl.discovery.neighbors import neighbors
+from orl.discovery.search import search
 
 
-def unit(rows):
-    rows = np.asarray(rows, np.float64)
-    return np.ascontiguousarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+def unit(count, dims=16, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((count, dims))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def expected_search(embedding, k):
-    """Every similarity in float64, sorted by (similarity, lower index)."""
-    similarity = embedding.astype(np.float64) @ embedding.astype(np.float64).T
-    index = [
-        sorted((j for j in range(len(embedding)) if j != i), key=lambda j: (-similarity[i, j], j))[:k]
-        for i in range(len(embedding))
-    ]
-    return np.array(index), np.take_along_axis(similarity, np.array(index), 1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    faiss.omp_set_num_threads(1)
-
-
-@given(st.data())
-@settings(max_examples=60)
-def test_ties_go_to_the_lower_index(data):
-    """Rows with entries 0 and 1/2, of which the products are exact: many duplicates and ties."""
-    count, dims = data.draw(st.integers(2, 60)), data.draw(st.integers(4, 7))
-    k = data.draw(st.integers(1, count - 1))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    embedding = np.zeros((count, dims), np.float32)
-    for row in embedding:
-        row[rng.choice(dims, 4, replace=False)] = rng.choice([-0.5, 0.5], 4, p=[0.2, 0.8])
-    index, similarity = search(embedding, k)
-    expected_index, expected = expected_search(embedding, k)
-    assert (index.dtype, similarity.dtype) == (np.int32, np.float32)
-    np.testing.assert_array_equal(index, expected_index)
-    np.testing.assert_array_equal(similarity, expected)
-
-
-@given(st.data())
-@settings(max_examples=60)
-def test_as_brute_force(data):
-    count, dims = data.draw(st.integers(2, 80)), data.draw(st.integers(2, 40))
-    k = data.draw(st.integers(1, count - 1))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    embedding = unit(rng.standard_normal((count, dims)))
-    if data.draw(st.booleans()):  # each row several times
-        embedding = embedding[rng.integers(0, max(1, count // 4), count)]
-    index, similarity = search(embedding, k)
-    _, expected = expected_search(embedding, k)
-    np.testing.assert_allclose(similarity, expected, atol=1e-6)
-    products = embedding.astype(np.float64) @ embedding.T.astype(np.float64)
-    np.testing.assert_allclose(np.take_along_axis(products, index.astype(int), 1), similarity, atol=1e-6)
-    for row, (own, values) in enumerate(zip(index, similarity, strict=True)):
-        assert row not in own
-        assert len(set(own.tolist())) == k
-        assert (np.diff(values) <= 0).all()
-        assert (np.diff(own)[np.diff(values) == 0] > 0).all()
-
-
-@pytest.mark.parametrize("copies", [SPARE + 1, SPARE + 2, 60, 150])
-@pytest.mark.parametrize("k", [1, 5, 20])
-def test_many_exact_duplicates(copies, k):
-    """More copies than FAISS is first asked for: the lowest indices must still be found."""
-    rng = np.random.default_rng(0)
-    embedding = unit(rng.standard_normal((200, 32)))
-    places = np.sort(rng.choice(200, copies, replace=False))
-    embedding[places] = embedding[places[0]]
-    index, similarity = search(embedding, k)
-    for place in places:
-        copies_first = [other for other in places if other != place][:k]
-        assert index[place, : len(copies_first)].tolist() == copies_first
-        np.testing.assert_allclose(similarity[place, : len(copies_first)], 1, atol=1e-6)
-
-
-def test_zero_vectors_are_similar_to_nothing():
-    embedding = unit(np.random.default_rng(0).random((30, 8)))  # all similar to each other
-    embedding[[3, 7]] = 0
-    index, similarity = search(embedding, 4)
-    assert index[3].tolist() == [0, 1, 2, 4]
-    assert similarity[3].tolist() == [0] * 4
-    others = np.delete(index, [3, 7], 0)
-    assert not np.isin(others, [3, 7]).any()
-
-
-def test_batches_do_not_matter(monkeypatch):
-    embedding = unit(np.random.default_rng(0).standard_normal((50, 16)))
-    expected = search(embedding, 7)
-    monkeypatch.setattr("orl.discovery.neighbors.BATCH", 3)
-    for found, one in zip(search(embedding, 7), expected, strict=True):
-        np.testing.assert_array_equal(found, one)
-
-
-# The file
-
-
-def write(path, embedding):
-    with artifacts.create(path, artifacts.EMBEDDINGS, {}, {}) as file:
+def write(folder, embedding, parts=None):
+    """Paths of a manifest of photos that do not exist, and of their embeddings."""
+    rows = [(row, f"{row}.jpg", 64, 64, 1, parts[row] if parts else "a") for row in range(len(embedding))]
+    artifacts.write_csv(folder / "manifest.csv", artifacts.MANIFEST_COLUMNS, rows)
+    made_from = {"manifest": artifacts.fingerprint(folder / "manifest.csv")}
+    with artifacts.create(folder / "embeddings.h5", artifacts.EMBEDDINGS, {}, made_from) as file:
         file["embedding"] = embedding
-    return str(path)
+    return str(folder / "manifest.csv"), str(folder / "embeddings.h5")
 
 
-def test_the_file(tmp_path):
-    embedding = unit(np.random.default_rng(0).standard_normal((40, 16)))
-    source = write(tmp_path / "embeddings.h5", embedding)
-    for threads in (1, 2):
-        neighbors(config.parse({}), source, str(tmp_path / f"{threads}.h5"), threads)
-    found = artifacts.read_neighbors(tmp_path / "1.h5")
-    index, similarity = search(embedding, 10)
+def run(folder, sources, threads=1, name="neighbors.h5", **settings):
+    neighbors(config.parse({"neighbors": settings}), *sources, str(folder / name), threads)
+    return artifacts.read_neighbors(folder / name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"index": "IVF8,Flat", "parameters": "nprobe=3"}, {"index": "HNSW8"}, {"index": "IVF4_HNSW4,Flat"}],
+)
+def test_the_file(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("orl.discovery.search.BATCH", 50)  # several, side by side
+    sources = write(tmp_path, unit(400))
+    run(tmp_path, sources, 1, "1.h5", **settings)
+    found = run(tmp_path, sources, 2, "2.h5", **settings)
+    index, similarity = search(unit(400), 10, settings.get("index", "Flat"), settings.get("parameters"))
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_array_equal(found.similarity, similarity)
     assert (found.index.dtype, found.similarity.dtype) == (np.int32, np.float32)
     assert (tmp_path / "1.h5").read_bytes() == (tmp_path / "2.h5").read_bytes()
-    artifacts.check_input(tmp_path / "1.h5", "embeddings", artifacts.fingerprint(source))
+    for name, source in zip(("manifest", "embeddings"), sources, strict=True):
+        artifacts.check_input(tmp_path / "1.h5", name, artifacts.fingerprint(source))
 
 
 @pytest.mark.parametrize(("count", "k"), [(2, 1), (10, 9), (11, 10)])
 def test_k_is_clipped_with_a_warning(tmp_path, capsys, count, k):
-    source = write(tmp_path / "embeddings.h5", unit(np.random.default_rng(0).standard_normal((count, 4))))
-    neighbors(config.parse({}), source, str(tmp_path / "neighbors.h5"))
-    assert artifacts.read_neighbors(tmp_path / "neighbors.h5").index.shape == (count, k)
-    warning = f"warning: neighbors.k is 10, but there are {count} photos; using {k} neighbours each\n"
-    assert capsys.readouterr().err == (warning if k < 10 else "")
+    assert run(tmp_path, write(tmp_path, unit(count))).index.shape == (count, k)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    warning = f"warning: neighbors.k is 10, but there are {count} photos; using {k} neighbours each"
+    assert said == ([warning] if k < 10 else [])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_embeddings_that_are_not_finite_are_refused(tmp_path, bad):
-    embedding = unit(np.random.default_rng(0).standard_normal((20, 4)))
-    embedding[13, 2] = bad
-    source = write(tmp_path / "embeddings.h5", embedding)
-    with pytest.raises(InputError, match=r"embeddings.h5: holds values that are not finite"):
-        neighbors(config.parse({}), source, str(tmp_path / "neighbors.h5"))
+# Scope
+
+PARTS = ["a"] * 40 + ["b"] * 30 + ["c"] * 20  # in the order of the listing
+MIXED = list(np.random.default_rng(0).permutation(PARTS))
+
+
+@pytest.mark.parametrize("parts", [PARTS, MIXED])
+@pytest.mark.parametrize("scope", ["all", "within", "across"])
+@pytest.mark.parametrize("index", [{}, {"index": "IVF4,Flat", "parameters": "nprobe=4"}])
+def test_neighbours_are_of_the_scope(tmp_path, parts, scope, index):
+    embedding = unit(90)
+    found = run(tmp_path, write(tmp_path, embedding, parts), scope=scope, k=7, **index)
+    similarity = embedding.astype(np.float64) @ embedding.T.astype(np.float64)
+    same = np.array(parts)[:, None] == np.array(parts)
+    similarity[{"all": np.zeros((90, 90), bool), "within": ~same, "across": same}[scope]] = -2
+    np.fill_diagonal(similarity, -2)
+    np.testing.assert_array_equal(found.index, np.argsort(-similarity, 1)[:, :7])
+    np.testing.assert_allclose(found.similarity, -np.sort(-similarity, 1)[:, :7], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scope", "k", "why"),
+    [("within", 1, "part 'b' has 2 photos"), ("across", 2, "2 photos are outside part 'a'")],
+)
+def test_k_is_that_of_the_smallest_part(tmp_path, capsys, scope, k, why):
+    found = run(tmp_path, write(tmp_path, unit(8), ["a"] * 6 + ["b"] * 2), scope=scope)
+    assert found.index.shape == (8, k)
+    assert f"warning: neighbors.k is 10, but {why}; using {k} neighbours each\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("scope", "parts", "why"),
+    [("within", "aaab", "part 'b' has 1 photo"), ("across", "aaaa", "no photos are outside part 'a'")],
+)
+def test_a_photo_without_any_other_is_refused(tmp_path, scope, parts, why):
+    with pytest.raises(InputError, match=f"^neighbors.scope: is '{scope}', but {why}; "):
+        run(tmp_path, write(tmp_path, unit(4), list(parts)), scope=scope)
+
+
+# Recall
+
+
+def recall(folder):
+    return artifacts.attributes(folder / "neighbors.h5").get("recall")
+
+
+@pytest.mark.parametrize("scope", ["all", "within", "across"])
+def test_recall_is_the_share_of_the_true_neighbours(tmp_path, capsys, scope):
+    sources = write(tmp_path, unit(300), ["a", "b"] * 150)
+    exact = run(tmp_path, sources, scope=scope)
+    assert recall(tmp_path) is None
+    found = run(tmp_path, sources, scope=scope, index="IVF8,Flat")
+    share = np.mean([len(np.intersect1d(*pair)) / 10 for pair in zip(found.index, exact.index, strict=True)])
+    assert share < 1
+    assert recall(tmp_path) == f"{share:.4f}"
+    said = f"recall of IVF8,Flat: {share:.4f} of the 10 nearest, measured on 300 photos\n"
+    assert said in capsys.readouterr().err
+    run(tmp_path, sources, scope=scope, index="IVF8,Flat", parameters="nprobe=8")
+    assert recall(tmp_path) == "1.0000"
+
+
+def test_recall_of_many_photos_is_that_of_some(tmp_path, capsys):
+    run(tmp_path, write(tmp_path, unit(1200, 4)), index="IVF8,Flat")
+    assert "nearest, measured on 1000 photos\n" in capsys.readouterr().err
+    assert 0 < float(recall(tmp_path)) < 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (np.nan, "is not finite"),
+        (np.inf, "is not finite"),
+        (-np.inf, "is not finite"),
+        (1e30, "is not finite"),  # its square
+        (0, "has length 0 instead of 1"),
+        ([0.6, 0.803, 0, 0], "has length 1.002 instead of 1"),
+    ],
+)
+def test_embeddings_that_are_no_directions_are_refused(tmp_path, bad, said, monkeypatch):
+    monkeypatch.setattr("orl.discovery.neighbors.BATCH", 6)
+    embedding = unit(20, 4)
+    embedding[[13, 17]] = bad
+    path = re.escape(str(tmp_path / "embeddings.h5"))
+    with pytest.raises(InputError, match=f"^{path}: the embedding of '13.jpg' {said}; make it again"):
+        run(tmp_path, write(tmp_path, embedding))
     assert not (tmp_path / "neighbors.h5").exists()
+
+
+def test_float32_rounding_of_unit_rows_is_no_fault(tmp_path):
+    run(tmp_path, write(tmp_path, unit(20) * np.float32(1.0009)))
+
+
+def test_embeddings_of_other_photos_are_refused(tmp_path):
+    manifest, embeddings = write(tmp_path, unit(12))
+    with open(manifest, "a") as file:
+        file.write("12,12.jpg,64,64,1,a\n")
+    with pytest.raises(InputError, match=r"embeddings.h5: has 12 rows, but .*manifest.csv has 13"):
+        run(tmp_path, (manifest, embeddings))
+    (tmp_path / "other").mkdir()
+    other, _ = write(tmp_path / "other", unit(12), ["b"] * 12)
+    with pytest.raises(InputError, match=r"embeddings.h5: was made from another manifest"):
+        run(tmp_path, (other, embeddings))
+
+
+def test_an_index_for_more_photos_than_the_smallest_part_has_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("orl.discovery.neighbors.search", None)
+    sources = write(tmp_path, unit(60), ["a"] * 50 + ["b"] * 10)
+    with pytest.raises(InputError, match=r"'IVF16,Flat' needs at least 16 photos to search among, .* there are 10;"):
+        run(tmp_path, sources, index="IVF16,Flat", scope="within", k=3)

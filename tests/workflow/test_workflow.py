@@ -109,7 +109,10 @@ def test_the_fingerprints_form_a_chain(finished):
 
     assert inputs("models/stage1/model.safetensors") == {"manifest": fingerprint("manifest.csv")}
     assert inputs("discovery/embeddings.h5")["model"] == fingerprint("models/stage1/model.safetensors")
-    assert inputs("discovery/neighbors.h5") == {"embeddings": fingerprint("discovery/embeddings.h5")}
+    assert inputs("discovery/neighbors.h5") == {
+        "manifest": fingerprint("manifest.csv"),
+        "embeddings": fingerprint("discovery/embeddings.h5"),
+    }
     assert inputs("models/orl/backbone.safetensors")["correspondences"] == fingerprint("discovery/correspondences.h5")
 
 
@@ -170,7 +173,7 @@ def test_jobs_are_given_the_gpus_they_want_as_far_as_there_are(tmp_path, wanted,
     assert done.returncode == 0, done.stdout + done.stderr
     lines = re.findall(r"^Shell command: (orl .+)$", done.stdout + done.stderr, re.MULTILINE)
     found = {line: int(number) for line in lines for number in re.findall(r" --gpus (\d+)", line)}
-    assert len(found) == 7
+    assert len(found) == 8
     for line, number in found.items():
         assert number == (training if "orl pretrain" in line else others)
         assert "orl pretrain" not in line or " --compile 1 --deterministic 0 " in line

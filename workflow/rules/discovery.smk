@@ -44,6 +44,7 @@ rule propose:
 
 rule neighbors:
     input:
+        manifest=of("manifest"),
         embeddings=of("embeddings"),
     output:
         f"{RESULTS}/discovery{{v}}/neighbors.h5",
@@ -52,12 +53,15 @@ rule neighbors:
     benchmark:
         f"{RESULTS}/benchmarks/neighbors{{v}}.tsv"
     threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("neighbors"),
         version=settings.RESULT_VERSION["neighbors"],
     shell:
-        "orl neighbors --settings {params.settings:q} --embeddings {input.embeddings:q} --output {output:q} "
-        "--threads {threads} 2>&1 | tee {log:q}"
+        "orl neighbors --settings {params.settings:q} --manifest {input.manifest:q} "
+        "--embeddings {input.embeddings:q} --output {output:q} --threads {threads} --gpus {resources.gpu} "
+        "2>&1 | tee {log:q}"
 
 
 rule rois:
