@@ -113,7 +113,7 @@ def command(*arguments: object) -> Cost:
 
     The peak that wait4 tells would hold that of this process, as large as it was when it started the command.
     """
-    called = [sys.executable, "-c", "from orl.cli import main; main()", *map(str, arguments)]
+    called = [sys.executable, "-m", "orl", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryFile("w+") as errors:
         cost, started = Cost(), time.perf_counter()
