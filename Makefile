@@ -1,6 +1,6 @@
 # make demo   installs, runs everything on generated scenes
 # make test   installs, checks style and types, runs the tests
-# make bench  installs, measures speed, memory and the generated scenes (benchmarks/README.md)
+# make bench  installs, measures speed, memory, scale and the generated scenes (benchmarks/README.md)
 # make clean  removes the environment, caches and the demo's results; other results stay
 CORES ?= all
 PYTHON ?= python3
@@ -39,6 +39,8 @@ bench: install
 	python benchmarks/data.py
 	python benchmarks/train.py
 	python benchmarks/memory.py
+	python benchmarks/stage2.py
+	python benchmarks/scale.py
 
 clean:
 	rm -rf .venv results/scenes .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,10 @@ from PIL import Image, ImageDraw
 from orl import artifacts
 from orl.data.folder import list_photos
 
-PHOTOS = Path(__file__).parents[2] / "shared/data/coco-mini/train2017"  # real photos beside the project, if any
+PROJECT = Path(__file__).resolve().parents[1]
+PHOTOS = PROJECT.parent / "shared/data/coco-mini/train2017"  # real photos beside the project, if any
+COCO = 118_287  # photos of train2017
+ROIS = 43  # of a photo of COCO, on average
 
 
 def machine() -> str:
@@ -54,6 +61,75 @@ def best(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, fl
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@dataclass
+class Cost:
+    """Of one command or several: seconds, seconds of CPU, and the most memory, MB."""
+
+    seconds: float = 0
+    cpu: float = 0
+    resident: float = 0
+    """Of the largest process, with pages of the files that it maps."""
+    anonymous: float = 0
+    """Of all processes together, without those."""
+
+    def add(self, other: Cost) -> None:
+        """Take in a command that ran after the others."""
+        self.seconds, self.cpu = self.seconds + other.seconds, self.cpu + other.cpu
+        self.resident, self.anonymous = max(self.resident, other.resident), max(self.anonymous, other.anonymous)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:.1f} s, {self.cpu:.1f} s of CPU, at most {self.resident:.0f} MB resident in a process and "
+            f"{self.anonymous:.0f} MB anonymous in all of them"
+        )
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and those that it started."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            yield from tree(int(child))
+
+
+def memory(pid: int) -> tuple[float, float]:
+    """MB: what the largest process of a tree had resident at most, and what all have now that no file backs."""
+    peak = anonymous = 0.0
+    try:  # where there is no /proc, nothing is known
+        for one in tree(pid):
+            lines = Path(f"/proc/{one}/status").read_text().splitlines()
+            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+            peak = max(peak, kilobytes.get("VmHWM", 0) * 1024 / 1e6)
+            anonymous += kilobytes.get("RssAnon", 0) * 1024 / 1e6
+    except (FileNotFoundError, ProcessLookupError):  # one that has just ended
+        pass
+    return peak, anonymous
+
+
+def command(*arguments: object) -> Cost:
+    """An `orl` command of its own process, whose memory is looked at 20 times a second.
+
+    The peak that wait4 tells would hold that of this process, as large as it was when it started the command.
+    """
+    called = [sys.executable, "-m", "orl", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryFile("w+") as errors:
+        cost, started = Cost(), time.perf_counter()
+        process = subprocess.Popen(called, env=environment, stdout=errors, stderr=errors)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            cost.add(Cost(0, 0, *memory(process.pid)))
+            time.sleep(0.05)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"orl {arguments[0]} failed:\n{errors.read()}")
+    cost.seconds, cost.cpu = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    return cost
 
 
 def photos(folder: str | None, count: int, drawn_in: str) -> tuple[str, list[str]]:
@@ -102,22 +178,38 @@ def write_manifest(path: str, root: str, names: list[str], rows: int) -> artifac
     return artifacts.read_manifest(path)
 
 
+def make_up_manifest(path: str, count: int) -> np.ndarray:
+    """A manifest of `count` photos of COCO's form that do not exist; returns their width, height [count, 2]."""
+    sizes = np.where(np.random.default_rng(0).random((count, 1)) < 0.7, (640, 480), (480, 640))
+    rows = [
+        (f"{row:012d}", f"train2017/{row:012d}.jpg", width, height, 160_000, "train2017")
+        for row, (width, height) in enumerate(sizes.tolist())
+    ]
+    artifacts.write_csv(path, artifacts.MANIFEST_COLUMNS, rows)
+    return sizes
+
+
+def make_up_proposals(path: str, sizes: np.ndarray, counts: np.ndarray, manifest: str) -> None:
+    """proposals.h5 with `counts` [N] random boxes in the photos of `sizes`, width, height [N, 2]."""
+    rng, whole = np.random.default_rng(0), np.repeat(sizes, counts, axis=0)
+    side = (whole / 4 + rng.random(whole.shape) * (whole * 3 / 4)).astype(np.int16)
+    corner = (rng.random(whole.shape) * (whole - side)).astype(np.int16)
+    with artifacts.create(path, artifacts.PROPOSALS, {}, {"manifest": artifacts.fingerprint(manifest)}) as file:
+        file["box"] = np.concatenate([corner, side], 1)
+        file["box_offsets"] = np.cumsum([0, *counts], dtype=np.int64)
+
+
 def make_up_stage2(
-    folder: str, sizes: np.ndarray, manifest: str, rois: int = 43, k: int = 10, pairs: int = 4
+    folder: str, sizes: np.ndarray, manifest: str, rois: int = ROIS, k: int = 10, pairs: int = 4
 ) -> tuple[str, str]:
     """proposals.h5 and correspondences.h5 of stage 2's shape and random content; `sizes`: width, height [N, 2].
 
     By default the mean number of RoIs of COCO's photos, the paper's K and its tenth of the RoIs as pairs.
     """
     rng, count = np.random.default_rng(0), len(sizes)
-    whole = sizes[:, None].astype(np.float64)
-    side = np.floor(whole / 4 + rng.random((count, rois, 2)) * (whole * 3 / 4)).astype(np.int16)
-    corner = np.floor(rng.random((count, rois, 2)) * (whole - side)).astype(np.int16)
-    inputs = {"manifest": artifacts.fingerprint(manifest)}
     proposals, correspondences = (os.path.join(folder, f"{name}.h5") for name in ("proposals", "correspondences"))
-    with artifacts.create(proposals, artifacts.PROPOSALS, {}, inputs) as file:
-        file["box"] = np.concatenate([corner, side], 2).reshape(-1, 4)
-        file["box_offsets"] = np.arange(count + 1, dtype=np.int64) * rois
+    make_up_proposals(proposals, sizes, np.full(count, rois), manifest)
+    inputs = {"manifest": artifacts.fingerprint(manifest)}
     with artifacts.create(correspondences, artifacts.CORRESPONDENCES, {}, inputs) as file:
         others = rng.integers(1, count, (count, k))
         file["neighbor"] = ((np.arange(count)[:, None] + others) % count).astype(np.int32)

@@ -21,27 +21,13 @@ import tempfile
 import time
 
 import numpy as np
-from common import machine, make_up_stage2
+from common import COCO, machine, make_up_manifest, make_up_stage2
 
 from orl import artifacts
 from orl.config import Stage3
 from orl.data.decode import Photo
 from orl.data.views import Box
 from orl.pretrain import samples
-
-COCO = 118_287  # photos of train2017
-
-
-def make_up(folder: str, count: int) -> None:
-    """manifest.csv, proposals.h5 and correspondences.h5 of `count` photos that do not exist."""
-    rng, path = np.random.default_rng(0), os.path.join(folder, "manifest.csv")
-    sizes = np.where(rng.random((count, 1)) < 0.7, (640, 480), (480, 640))
-    rows = [
-        (f"{row:012d}", f"train2017/{row:012d}.jpg", width, height, 160_000, "train2017")
-        for row, (width, height) in enumerate(sizes.tolist())
-    ]
-    artifacts.write_csv(path, artifacts.MANIFEST_COLUMNS, rows)
-    make_up_stage2(folder, sizes, path)
 
 
 def resident() -> dict[str, float]:
@@ -125,7 +111,8 @@ def main() -> None:
     grown = []
     for count in (args.count // 10, args.count):
         with tempfile.TemporaryDirectory() as folder:
-            make_up(folder, count)
+            manifest = os.path.join(folder, "manifest.csv")
+            make_up_stage2(folder, make_up_manifest(manifest, count), manifest)
             command = [sys.executable, __file__, "--measure", folder, "--samples", str(args.samples)]
             found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             size = {name: os.path.getsize(os.path.join(folder, name)) / 1e6 for name in sorted(os.listdir(folder))}

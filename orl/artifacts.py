@@ -211,16 +211,16 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
     size = sum(array.nbytes for arrays in parts for array in arrays)
     with atomic(output) as temporary, _new(temporary, size) as file:
         file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
-        for name, *arrays in zip(LAYOUT[schema], *parts, strict=True):
-            if name.endswith("_offsets"):
-                ends = np.cumsum([0, *(array[-1] for array in arrays)])
-                moved = [array[1:] + end for array, end in zip(arrays, ends, strict=False)]
-                file[name] = np.concatenate([arrays[0][:1], *moved])
-                continue
-            rows = sum(map(len, arrays))
+        for position, (name, *arrays) in enumerate(zip(LAYOUT[schema], *parts, strict=True)):
+            offsets = name.endswith("_offsets")  # the first of a shard is the last of the one before it
+            rows = sum(map(len, arrays)) - offsets * (len(arrays) - 1)
             joined = file.create_dataset(name, (rows, *arrays[0].shape[1:]), np.result_type(*arrays))
-            start = 0
-            for array in arrays:
+            start = end = 0
+            for path in shards:  # opened anew: a map keeps what was read of it in memory
+                array = _read(path, schema, shards=True)[position]
+                if offsets:
+                    array = array[start > 0 :] + end
+                    end = array[-1] if len(array) else end
                 joined[start : start + len(array)] = array
                 start += len(array)
 

@@ -85,6 +85,66 @@ def test_memory():
     assert math.isfinite(figure(text, r"ten times the photos: anonymous memory ([+-][\d.]+) MB"))
 
 
+def test_stage2(photos):
+    small = ("--backbone", "resnet10", "--size", 32, "--count", 4, "--queries", 2, "--neighbors", 2, "--threads", 2)
+    text = output_of("stage2", "--photos", photos, *small, "--searched", 3, "--long-side", 40, "--shared", 2)
+    assert figure(text, r"reference \d+, ([\d.]+) x \(target 10\)") > 1
+    assert figure(text, r"\nours: ([\d.]+) s") > 0
+    assert figure(text, r"\nreference: ([\d.]+) s, .*, by the \d+ of 2 queries") > 0
+    assert figure(text, r"\nours is ([\d.]+) x faster \(target 8\)") > 0
+    assert figure(text, r"within 0.001 of the cut, (\d+) are not: as wanted") == 0
+    for size in ("full size", "40 px"):
+        assert figure(text, rf"\nproposals of 3 photos, {size}: ([\d.]+) s") > 0
+    assert "so not measured" in text
+    assert figure(text, r"\nreduced: ([\d.]+) x faster \(target 6\)") > 0
+    assert figure(text, r"([\d.]+)% of 2 x \(target 90\)") > 0
+
+
+on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
+
+
+@on_linux
+def test_scale(tmp_path):
+    small = ("--count", 400, "--width", 8, "--shards", 2, "--many", 400, "--index", "IVF4,Flat", "--threads", 2)
+    text = output_of(
+        "scale", "--parts", "stage2", "neighbors", *small, "--parameters", "nprobe=4", "--folder", tmp_path
+    )
+    for count in (40, 400):
+        for name in ("neighbors", "correspond in 2 shards", "merge"):
+            assert figure(text, rf"\n{count} photos, {name}: .* at most ([\d.]+) MB resident") > 10
+            assert figure(text, rf"\n{count} photos, {name}: .* and ([\d.]+) MB anonymous") > 5
+        assert figure(text, rf"\n{count} photos, files: .*, 2 shards of rois.h5 ([\d.]+) MB") >= 0
+    for name in ("neighbors", "correspond", "merge"):
+        assert figure(text, rf"\nten times the photos, {name}: .* ([\d.]+) x the resident memory") > 0
+    assert figure(text, r"\n400 embeddings, IVF4,Flat with nprobe=4: .*; recall ([\d.]+)") == 1
+    assert figure(text, r"\n400 embeddings, exact: ([\d.]+) s for 400 of them") >= 0
+    assert not list(tmp_path.iterdir())
+
+
+@on_linux
+def test_plan(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("{name: plan, data: {layout: folder}}")
+    options = ("--parts", "plan", "--count", 10, "--config", config, "--repeats", 1, "--folder", tmp_path)
+    assert figure(output_of("scale", *options), r"\nsnakemake -n, 10 photos, \d+ files, .*: ([\d.]+) s") > 0
+
+
+@on_linux
+def test_no_room_is_one_sentence(tmp_path):
+    command = [
+        sys.executable,
+        str(PROJECT / "benchmarks" / "scale.py"),
+        "--width",
+        "1000000",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "are free" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_photos_are_drawn_where_there_are_none(tmp_path):
     code = f"import common; common.PHOTOS = common.Path('none'); print(*common.photos(None, 2, {str(tmp_path)!r}))"
     folder = PROJECT / "benchmarks"
