@@ -202,6 +202,10 @@ class Embeddings(Section):
 class Proposals(Section):
     """Selective search and its greedy filter (ORL release, stage 2)."""
 
+    method: Literal["fast", "quality", "random", "grid", "whole"] = "fast"
+    """Selective search, `fast` or `quality`; or boxes that ignore what the photo shows: random, a grid, the whole."""
+    long_side: Annotated[int, Field(ge=16)] | None = None
+    """Longest side of the photo that selective search sees, pixels; not given: full size. About 300 is much faster."""
     min_size: Annotated[int, Field(ge=1)] = 96
     """Smallest width and height of a kept box, pixels."""
     max_aspect: Annotated[float, Field(ge=1)] = 3.0
@@ -388,6 +392,7 @@ USES: dict[str, tuple[str, ...]] = {
     "correspondences": ("correspondences",),
     "stage3": ("seed", "precision", "data.exif", "stage3"),
     "voc07_svm": ("data.exif", "downstream.voc07_svm"),
+    "proposals_recall": ("proposals.min_size",),
     "report": ("data.exif",),
 }
 

@@ -7,23 +7,33 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from orl import InputError, artifacts
+from orl import InputError, artifacts, config
 from orl.data.manifest import build
 from orl.discovery import proposals as module
-from orl.discovery.proposals import filter_boxes, photo_seed, propose, selective_search
+from orl.discovery.proposals import (
+    filter_boxes,
+    grid_boxes,
+    photo_seed,
+    propose,
+    random_boxes,
+    raw_boxes,
+    reduced,
+    scaled,
+    selective_search,
+)
 
 # The filter
 
 
+def overlap(a, b):
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    shared = max(across, 0) * max(down, 0)
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
+
+
 def expected_filter(boxes, min_size, max_aspect, max_iou, top_n):
     """The method's sentence, box by box."""
-
-    def overlap(a, b):
-        across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-        down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-        shared = max(across, 0) * max(down, 0)
-        return shared / (a[2] * a[3] + b[2] * b[3] - shared)
-
     kept = []
     for box in boxes:
         w, h = box[2], box[3]
@@ -140,6 +150,148 @@ def test_the_colour_order_is_rgb(image, monkeypatch):
     np.testing.assert_array_equal(seen[0], image[:, :, ::-1])
 
 
+@pytest.mark.parametrize("k", [150, 50])
+@pytest.mark.parametrize("name", ["fast", "quality"])
+def test_the_searches_are_opencvs(name, k, image):
+    """The same boxes in the same order."""
+    search = module.cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
+    getattr(search, f"switchToSelectiveSearch{name.title()}")(k, k)
+    ctypes.CDLL(None).srand(5)
+    expected = search.process()
+    np.testing.assert_array_equal(selective_search(image, 5, name == "quality", k), expected)
+    assert len(expected) > 3
+
+
+def test_the_method_chooses_the_search(image):
+    fast, quality = (raw_boxes(image, section(method), 5) for method in ("fast", "quality"))
+    np.testing.assert_array_equal(fast, selective_search(image, 5))
+    np.testing.assert_array_equal(quality, selective_search(image, 5, True))
+    assert len(quality) > len(fast)
+
+
+# Reduced photos
+
+
+SIDE = st.integers(1, 3000)
+
+
+@st.composite
+def boxes_of_a_reduced_photo(draw):
+    """Sizes of a photo and of it reduced, and boxes in the latter."""
+    whole, long_side = (draw(SIDE), draw(SIDE)), draw(st.integers(1, 3000))
+    factor = min(1, long_side / max(whole))
+    size = max(1, round(whole[0] * factor)), max(1, round(whole[1] * factor))
+    boxes = []
+    for _ in range(draw(st.integers(0, 5))):
+        x, y = draw(st.integers(0, size[0] - 1)), draw(st.integers(0, size[1] - 1))
+        boxes.append((x, y, draw(st.integers(1, size[0] - x)), draw(st.integers(1, size[1] - y))))
+    return whole, size, np.array([*boxes, (0, 0, *size)], np.int32)
+
+
+@given(boxes_of_a_reduced_photo())
+@example(((3, 3), (2, 2), np.array([(1, 1, 1, 1), (0, 0, 1, 1)], np.int32)))  # 1.5 is halfway between two pixels
+def test_scaled_boxes_lie_where_they_were(case):
+    whole, size, boxes = case
+    found = scaled(boxes, size, whole)
+    assert found.dtype == np.int32
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, 2:] >= 1).all()
+    assert (found[:, :2] + found[:, 2:] <= whole).all()
+    factor = np.array(whole) / size
+    assert (abs(found[:, :2] - boxes[:, :2] * factor) <= 0.5 + 1e-9).all()
+    assert (abs(found[:, :2] + found[:, 2:] - (boxes[:, :2] + boxes[:, 2:]) * factor) <= 0.5 + 1e-9).all()
+    if tuple(boxes[-1]) == (0, 0, *size):
+        assert tuple(found[-1]) == (0, 0, *whole)
+    np.testing.assert_array_equal(scaled(boxes, size, size), boxes)
+
+
+@given(SIDE, SIDE, st.integers(1, 3000))
+@settings(max_examples=30)
+def test_photos_are_reduced_never_enlarged(width, height, long_side):
+    image = np.zeros((height, width, 3), np.uint8)
+    small = reduced(image, long_side)
+    assert max(small.shape[:2]) == min(long_side, max(height, width))
+    assert small.shape[0] == max(1, round(height * min(1, long_side / max(height, width))))
+    assert reduced(image, None) is image
+
+
+def test_reduced_pixels_are_means_of_areas():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    expected = image.reshape(10, 4, 15, 4, 3).mean((1, 3))
+    assert abs(reduced(image, 15) - expected).max() <= 0.5
+
+
+def test_the_search_on_a_reduced_photo(image, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "selective_search", lambda *given: seen.append(given) or np.array([[1, 2, 3, 4]]))
+    found = raw_boxes(image, section("fast", long_side=image.shape[1] // 2), 5)
+    np.testing.assert_array_equal(seen[0][0], reduced(image, image.shape[1] // 2))
+    np.testing.assert_array_equal(found, [[2, 4, 6, 8]])
+    np.testing.assert_array_equal(raw_boxes(image, section("fast", long_side=5000), 5), [[1, 2, 3, 4]])
+    assert seen[1][0] is image
+    assert seen[0][1:] == (5, False, module.REDUCED_K)
+    assert seen[1][1:] == (5, False, module.K)
+
+
+# Methods that do not look at the photo
+
+
+def section(method, **given):
+    return config.parse({"proposals": {"method": method, **given}}).proposals
+
+
+@given(SIDE, SIDE, st.sampled_from(["random", "grid", "whole"]), st.integers(0, 2**31 - 1))
+@settings(max_examples=60)
+@example(1, 1, "random", 0)
+@example(1, 3000, "grid", 0)
+def test_their_boxes_lie_inside_the_photo_and_repeat(width, height, method, seed):
+    image = np.broadcast_to(np.uint8(0), (height, width, 3))
+    found = raw_boxes(image, section(method, long_side=16), seed)
+    assert found.dtype == np.int32
+    assert len(found) >= 1
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, 2:] >= 1).all()
+    assert (found[:, :2] + found[:, 2:] <= (width, height)).all()
+    np.testing.assert_array_equal(raw_boxes(image, section(method), seed), found)
+    if method == "whole":
+        assert found.tolist() == [[0, 0, width, height]]
+
+
+def test_random_boxes_are_uniform():
+    """A photo of 3 x 2 pixels has 6 x 3 boxes."""
+    found, counts = np.unique(random_boxes(3, 2, 0, 18_000), axis=0, return_counts=True)
+    assert len(found) == 18
+    assert abs(counts - 1000).max() < 150  # five standard deviations
+    assert len(random_boxes(3, 2, 0)) == 2000
+    assert not np.array_equal(random_boxes(640, 480, 0), random_boxes(640, 480, 1))
+
+
+def test_grid_boxes_cover_the_photo_and_hardly_overlap():
+    found = grid_boxes(640, 480)
+    assert min(w * h for _, _, w, h in found.tolist()) < 0.02 * 640 * 480
+    for size in np.unique(found[:, 2:], axis=0):
+        own = np.unique(found[(found[:, 2:] == size).all(1)], axis=0).tolist()
+        for axis, length in ((0, 640), (1, 480)):
+            first, last = min(box[axis] for box in own), length - max(box[axis] + box[axis + 2] for box in own)
+            assert 0 <= last - first <= 1  # as far from one border as from the other
+            assert first == 0 or first + last < 0.4 * size[axis]
+        for number, box in enumerate(own):
+            assert all(overlap(box, other) < 0.45 for other in own[:number])
+
+
+@pytest.mark.parametrize("method", ["random", "grid", "whole"])
+def test_they_pass_the_same_filter(method, photos, manifest_path, manifest, tmp_path):
+    settings = config.parse({"seed": 3, "proposals": {"method": method, "min_size": 16, "top_n": 6}})
+    propose(settings, str(photos), str(manifest_path), str(tmp_path / "proposals.h5"))
+    found = artifacts.read_proposals(tmp_path / "proposals.h5")
+    for row, (width, height) in enumerate(zip(manifest.width, manifest.height, strict=True)):
+        blank = np.zeros((height, width, 3), np.uint8)
+        raw = raw_boxes(blank, settings.proposals, photo_seed(3, manifest.image_id[row])).tolist()
+        own = found.box[found.box_offsets[row] : found.box_offsets[row + 1]]
+        assert [tuple(box) for box in own.tolist()] == expected_filter([tuple(box) for box in raw], 16, 3, 0.5, 6)
+
+
 def test_photo_seeds_fit_c_and_differ():
     seeds = {photo_seed(seed, name) for seed in range(20) for name in ("1", "01", "000000000139", "a/é.jpg")}
     assert len(seeds) == 80
@@ -197,7 +349,7 @@ def test_odd_photos_get_a_box_inside_them(odd_photos, tiny, tmp_path):
 
 def test_where_selective_search_finds_nothing_the_photo_is_the_box(odd_photos, tiny, tmp_path, monkeypatch):
     folder, manifest_path = odd_photos
-    monkeypatch.setattr(module, "selective_search", lambda image, seed: np.empty((0, 4), np.int32))
+    monkeypatch.setattr(module, "selective_search", lambda *_: np.empty((0, 4), np.int32))
     propose(tiny, str(folder), str(manifest_path), str(tmp_path / "proposals.h5"))
     found, manifest = artifacts.read_proposals(tmp_path / "proposals.h5"), artifacts.read_manifest(manifest_path)
     assert found.box.tolist() == [[0, 0, w, h] for w, h in zip(manifest.width, manifest.height, strict=True)]
@@ -205,7 +357,7 @@ def test_where_selective_search_finds_nothing_the_photo_is_the_box(odd_photos, t
 
 def test_boxes_beyond_int16_are_kept_whole(odd_photos, tiny, tmp_path, monkeypatch):
     folder, manifest_path = odd_photos
-    monkeypatch.setattr(module, "selective_search", lambda image, seed: np.array([[0, 0, 40_000, 40_000]], np.int32))
+    monkeypatch.setattr(module, "selective_search", lambda *_: np.array([[0, 0, 40_000, 40_000]], np.int32))
     propose(tiny, str(folder), str(manifest_path), str(tmp_path / "proposals.h5"))
     found = artifacts.read_proposals(tmp_path / "proposals.h5")
     assert found.box.dtype == np.int32
