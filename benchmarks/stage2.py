@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import Cost, command, machine, photos, write_manifest
-from orl.downstream.proposals import evaluate
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -42,6 +41,7 @@ from orl.discovery.correspondences import correspond
 from orl.discovery.embed import embed
 from orl.discovery.neighbors import neighbors
 from orl.discovery.rois import rois
+from orl.downstream.proposals import evaluate
 from orl.networks import backbones
 from orl.pretrain import loop
 

@@ -160,7 +160,7 @@ def propose(
     manifest = artifacts.read_manifest(manifest_path)
     inputs = {"manifest": artifacts.fingerprint(manifest_path)}
     part = artifacts.part(len(manifest), shard)
-    kept = ordered(partial(_kept, config, root, manifest), part.rows, workers, chunk=4)
+    kept = ordered(partial(_kept, config, root, manifest), part.rows, workers)
     boxes = list(track(kept, len(part.rows), "proposals"))
     flat = np.concatenate([np.empty((0, 4), np.int32), *boxes])
     settings, held = used(config, "proposals"), shard and part
