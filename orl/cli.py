@@ -97,11 +97,17 @@ def _correspond(args: argparse.Namespace, config: Config) -> None:
     correspond(config, args.manifest, args.neighbors, args.proposals, args.rois, args.output)
 
 
-def _evaluate(args: argparse.Namespace, config: Config) -> None:
+def _voc07_svm(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.svm import evaluate
 
     gpus.take_one(args.gpus)
     evaluate(config, args.backbone, args.name, args.labels, args.output, args.threads)
+
+
+def _recall(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.proposals import evaluate
+
+    evaluate(config, args.name, args.manifest, args.proposals, args.annotations, args.output, args.plot)
 
 
 def _report(args: argparse.Namespace, config: Config) -> None:
@@ -114,6 +120,7 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         args.rejected,
         args.metrics,
         args.scores,
+        args.recalls,
         args.neighbors,
         args.proposals,
         args.correspondences,
@@ -152,8 +159,9 @@ def parser() -> argparse.ArgumentParser:
         *files: tuple[str, str, str],
         output: str,
         settings: Sequence[str] = (),
+        under: argparse._SubParsersAction = commands,
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        sub = under.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         reads = f"; it reads {', '.join(settings)}" if settings else ""
         sub.add_argument(
             "--settings",
@@ -247,18 +255,36 @@ def parser() -> argparse.ArgumentParser:
         output="correspondences.h5 to write",
         settings=["correspondences"],
     )
+    text = "measure how good a backbone or the proposals are"
+    sub = commands.add_parser("evaluate", help=text, description=f"{text.capitalize()}.")
+    tasks = sub.add_subparsers(dest="task", required=True, metavar="TASK")
     sub = command(
-        "evaluate",
-        _evaluate,
-        "measure how good a backbone is",
+        "voc07_svm",
+        _voc07_svm,
+        "multi-label linear SVM on a backbone's features by VOC07's protocol",
         ("--backbone", "FILE", "backbone.safetensors of any model"),
         ("--name", "NAME", "what the result calls the model"),
         output="JSON to write",
-        settings=["downstream", "data.exif"],
+        settings=["downstream.voc07_svm", "data.exif"],
+        under=tasks,
     )
-    sub.add_argument("task", choices=["voc07_svm"], help="voc07_svm: multi-label linear SVM by VOC07's protocol")
-    sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.TASK.root)")
+    sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.voc07_svm.root)")
     uses_gpu(sub, "1")
+    sub = command(
+        "proposals",
+        _recall,
+        "recall of annotated objects by the number of proposals kept",
+        MANIFEST,
+        PROPOSALS,
+        output="JSON to write",
+        settings=["proposals.min_size, from which on objects are large"],
+        under=tasks,
+    )
+    sub.add_argument(
+        "--annotations", nargs="+", required=True, metavar="FILE", help="COCO JSONs with the objects' boxes"
+    )
+    sub.add_argument("--name", default="proposals", help="what the result calls them (default: %(default)s)")
+    sub.add_argument("--plot", metavar="FILE", help="PNG to draw as well")
     sub = command(
         "report",
         _report,
@@ -274,7 +300,8 @@ def parser() -> argparse.ArgumentParser:
         settings=["data.exif"],
     )
     sub.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.csv of each trained model")
-    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate`")
+    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate voc07_svm`")
+    sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     return whole
 
 

@@ -3,9 +3,12 @@
 import json
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from orl import InputError
 from orl.data.folder import Photo, list_files
@@ -48,28 +51,82 @@ def _keep(value: dict[str, Any]) -> dict[str, Any] | None:
     return value if "file_name" in value or "images" in value else None
 
 
-def _listed(path: Path) -> list[str]:
-    """The file names that a COCO JSON lists. Raises InputError."""
+def _load(path: str | os.PathLike, keep: Callable[[dict[str, Any]], Any], remedy: str) -> tuple[dict[str, Any], list]:
+    """A COCO JSON and its list of images; objects in it become what `keep` returns as they are read."""
     try:
         with open(path, "rb") as file:
-            # Annotations are dropped as they are read: COCO's would take gigabytes.
-            found = json.load(file, object_hook=_keep)
+            # What is not needed is dropped as it is read: COCO's annotations would take gigabytes.
+            found = json.load(file, object_hook=keep)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); correct data.annotations.") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}.") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON ({error}); correct data.annotations.") from None
+        raise InputError(f"{path}: is no JSON ({error}); {remedy}.") from None
     images = found.get("images") if isinstance(found, dict) else None
     if not isinstance(images, list):
-        raise InputError(f"{path}: is no COCO file (it has no list `images`); correct data.annotations.")
-    names: list[str] = []
+        raise InputError(f"{path}: is no COCO file (it has no list `images`); {remedy}.")
     for number, image in enumerate(images):
         name = image.get("file_name") if isinstance(image, dict) else None
         if not isinstance(name, str) or posixpath.normpath(name) == ".":
             raise InputError(f"{path}: is no COCO file (images[{number}] has no `file_name`); correct the file.")
-        if _climbs(name):
-            raise InputError(f"{path}: file_name {name!r} leaves the image folder; correct the file.")
-        names.append(posixpath.normpath(name))
-    return names
+    return found, images
+
+
+def _listed(path: Path) -> list[str]:
+    """The file names that a COCO JSON lists. Raises InputError."""
+    _, images = _load(path, _keep, "correct data.annotations")
+    for image in images:
+        if _climbs(image["file_name"]):
+            raise InputError(f"{path}: file_name {image['file_name']!r} leaves the image folder; correct the file.")
+    return [posixpath.normpath(image["file_name"]) for image in images]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Annotated objects: `box` float64 [m, 4], x y w h in pixels, as they stand in the file; `crowd` bool [m].
+
+    Object i is in the photo that `photo` int64 [m] names: a row of `name` (file names, n) and of `size` int64 [n, 2]
+    (width, height; 0 where the file does not say).
+    """
+
+    name: list[str]
+    size: np.ndarray
+    photo: np.ndarray
+    box: np.ndarray
+    crowd: np.ndarray
+
+
+def read_objects(path: str | os.PathLike) -> Objects:
+    """The boxes of a COCO JSON; none where it only lists photos. Classes, masks and areas are not kept.
+
+    Raises InputError.
+    """
+
+    def keep(value: dict[str, Any]) -> Any:
+        if "bbox" in value:  # a tuple takes less memory
+            box = value["bbox"]
+            whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+            return (str(value.get("image_id")), bool(value.get("iscrowd")), *box) if whole else ()
+        return _keep(value)
+
+    found, images = _load(path, keep, "name a COCO JSON with boxes")
+    row = {str(image.get("id")): number for number, image in enumerate(images)}
+    annotations = found.get("annotations")
+    objects = [one for one in annotations if one is not None] if isinstance(annotations, list) else []
+    if objects and len(row) < len(images):
+        raise InputError(f"{path}: its images must each have an `id` of their own; correct the file.")
+    for one in objects:
+        if not one:
+            raise InputError(f"{path}: has a bbox that is not x, y, w, h; correct the file.")
+        if one[0] not in row:
+            raise InputError(f"{path}: has a box of image_id {one[0]}, which it does not list; correct the file.")
+    sizes = [(image.get("width"), image.get("height")) for image in images]
+    return Objects(
+        [image["file_name"] for image in images],
+        np.array([size if all(type(s) is int for s in size) else (0, 0) for size in sizes], np.int64).reshape(-1, 2),
+        np.array([row[one[0]] for one in objects], np.int64),
+        np.array([one[2:] for one in objects], np.float64).reshape(-1, 4),
+        np.array([one[1] for one in objects], bool),
+    )
 
 
 def _check_ids(photos: list[Photo]) -> None:

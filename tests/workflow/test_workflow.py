@@ -94,6 +94,10 @@ def test_the_run_makes_every_file(finished):
         score = artifacts.read_results(results / "downstream" / model / "voc07_svm.json")
         assert score["model"] == model
         assert 0 <= score["metrics"]["mAP"] <= 100
+    recall = artifacts.read_results(results / "downstream" / "proposals.json")
+    assert (recall["model"], recall["settings"]["proposals"]) == ("proposals", {"min_size": 32})
+    assert 0 < recall["metrics"]["recall"]["large"]["0.5"][-1] <= 1
+    assert "Recall of large objects" in (results / "report" / "index.html").read_text()
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
 
@@ -140,7 +144,9 @@ DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
         ({"neighbors": {"k": 2}}, {"neighbors": 1, **DISCOVERY}),
         ({"rois": {"size": 40}}, {"rois": 1, **DISCOVERY}),
-        ({"proposals": {"top_n": 4}}, {"propose": 1, "rois": 1, **DISCOVERY}),
+        ({"proposals": {"top_n": 4}}, {"propose": 1, "rois": 1, "proposals_recall": 1, **DISCOVERY}),
+        ({"variants": {"grid": {"proposals": {"method": "grid"}}}},
+         {"propose": 1, "rois": 1, "proposals_recall": 1, **DISCOVERY}),
         ({"embeddings": {"resize": 48}}, {"embed": 1, "neighbors": 1, **DISCOVERY}),
         ({"downstream": {"voc07_svm": {"costs": [0.1]}}}, {"voc07_svm": 3, "report": 1}),
         (
@@ -152,7 +158,8 @@ DISCOVERY = {"correspond": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
         ({"variants": {"p": {"stage3": {"patch": 16}}, "q": {"stage3": {"patch": 16}}}},
          {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"variants": {"seed1": {"seed": 1}}},
-         {"random": 1, "stage1": 1, "embed": 1, "propose": 1, "neighbors": 1, "rois": 1, **DISCOVERY, "voc07_svm": 3}),
+         {"random": 1, "stage1": 1, "embed": 1, "propose": 1, "proposals_recall": 1, "neighbors": 1, "rois": 1,
+          **DISCOVERY, "voc07_svm": 3}),
     ],
 )  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(finished, change, jobs):
@@ -335,6 +342,17 @@ def test_folders_without_enough_photos(tmp_path, files, sentence):
     assert log.startswith("orl manifest: ")
     assert sentence in log
     assert not (tmp_path / "results/tiny/manifest.csv").exists()
+
+
+def test_recall_is_measured_where_there_are_boxes(tmp_path):
+    """Of photos in COCO layout whose file holds boxes; not where it only lists them, or where there is none."""
+    root = tmp_path / "coco"
+    (root / "train2017").mkdir(parents=True)
+    (root / "lists.json").write_text('{"images": [{"id": 1, "file_name": "1.jpg"}]}')
+    (root / "boxes.json").write_text('{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}')
+    for annotations, jobs in (({}, 0), ({"train2017": "lists.json"}, 0), ({"train2017": "boxes.json"}, 1)):
+        data = {"layout": "coco", "root": str(root), "annotations": annotations}
+        assert plan(tmp_path, changed(data=data)).get("proposals_recall", 0) == jobs
 
 
 def test_real_photos_with_odd_names_and_few_neighbours(tmp_path):
