@@ -20,3 +20,4 @@ rule all:
         f"{RESULTS}/report/index.html",
         models(),
         scores(),
+        recalls(),

@@ -22,6 +22,7 @@ READS = {
     "rois": ["--root", "--manifest", "--proposals", "--backbone"],
     "correspond": ["--manifest", "--neighbors", "--proposals", "--rois"],
     "evaluate voc07_svm --name stage1": ["--backbone", "--labels"],
+    "evaluate proposals": ["--manifest", "--proposals", "--annotations"],
     "report --run-name run": [
         "--root",
         "--manifest",
@@ -31,9 +32,11 @@ READS = {
         "--correspondences",
         "--metrics",
         "--scores",
+        "--recalls",
     ],
 }
-NAMES = [command.split()[0] for command in READS if command.split()[-1] not in ("stage1", "stage3")]
+# What --help explains: the words before the first option.
+NAMES = list(dict.fromkeys(command.partition(" --")[0] for command in READS))
 EACH_INPUT = [(command, flag) for command, flags in READS.items() for flag in flags]
 
 
@@ -95,8 +98,13 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
         "--backbone": model_folder / "backbone.safetensors",
         "--metrics": folder / "metrics.csv",
         "--scores": folder / "voc07_svm.json",
+        "--annotations": folder / "instances.json",
+        "--recalls": folder / "recall.json",
         **{f"--{name}": path for name, path in names.items()},
     }
+    images = [{"id": number, "file_name": path.name} for number, path in enumerate(sorted(photos.rglob("*.jpg")))]
+    annotations = [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 2, 30, 40], "iscrowd": 0}]
+    artifacts.write_json(given["--annotations"], {"images": images, "annotations": annotations})
     artifacts.write_csv(given["--metrics"], ("epoch", "loss", "feature_std", "lr"), [(1, 3.0, 0.9, 0.1)])
 
     def make(command, output, *more):
@@ -110,6 +118,7 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
     make("rois", given["--rois"])
     make("correspond", given["--correspondences"])
     make("evaluate voc07_svm --name stage1", given["--scores"])
+    make("evaluate proposals", given["--recalls"])
     make("report --run-name run", folder / "index.html")
     make("scenes", folder / "scenes")
     make("pretrain --stage random", folder / "random")
@@ -195,6 +204,8 @@ WRONG = {
     "--rois": "--proposals",
     "--correspondences": "--neighbors",
     "--scores": "--metrics",
+    "--annotations": "--recalls",
+    "--recalls": "--scores",
 }
 
 
@@ -299,7 +310,7 @@ def test_threads_are_counted_from_one(threads, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_settings_and_output(name, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert end.value.code == 0
     found = capsys.readouterr().out
     assert f"orl {name}" in found
@@ -310,7 +321,7 @@ def test_help_names_settings_and_output(name, capsys):
 def test_help_and_bad_settings_load_nothing_heavy():
     """Else each takes seconds."""
     heavy = {"torch", "torchvision", "faiss", "cv2", "snakemake", "sklearn", "pycocotools", "matplotlib", "scipy"}
-    lines = [*([name, "--help"] for name in NAMES), ["--help"], ["--version"]]
+    lines = [*([*name.split(), "--help"] for name in [*NAMES, "evaluate"]), ["--help"], ["--version"]]
     lines.append(["scenes", "--settings", "{", "--output", "x"])
     code = f"""
 import sys

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from orl.data.decode import Photo, resize_crop
@@ -147,6 +147,24 @@ def lines(series: Sequence[Line], ylabel: str, alt: str) -> Picture:
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+    return _chart(draw, alt)
+
+
+def recalls(variants: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], alt: str) -> Picture:
+    """A chart of recall by number of boxes kept: of each variant the numbers and the recall at IoU 0.5 and at 0.7.
+
+    The colours are those of COLORS; the second line is dashed.
+    """
+
+    def draw(axes: Any) -> None:
+        for color, (kept, *lines) in zip(COLORS, variants, strict=False):
+            for line, dash in zip(lines, ("-", "--"), strict=True):
+                axes.plot(kept, line, dash, color=color, linewidth=1.5, marker="o", markersize=3)
+        axes.set(xlabel="boxes kept per photo, at most", ylabel="recall", xscale="log", ylim=(0, 1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
 
     return _chart(draw, alt)
 

@@ -52,6 +52,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """How many annotated objects the proposals of a variant find."""
+
+    name: str
+    method: str
+    long_side: str
+    boxes: str  # per photo
+    objects: str  # their number
+    large_objects: str
+    cells: list[str]  # recall of all and of large objects, each at IoU 0.5 and 0.7, by all boxes kept
+    kept: np.ndarray
+    large: tuple[np.ndarray, np.ndarray]  # recall of large objects by number kept, at IoU 0.5 and 0.7
+
+
+@dataclass(frozen=True)
 class Chart:
     """A figure with its heading and legend."""
 
@@ -85,6 +100,7 @@ def report(
     rejected_path: str,
     metrics_paths: Sequence[str],
     scores_paths: Sequence[str],
+    recalls_paths: Sequence[str],
     neighbors_path: str,
     proposals_path: str,
     correspondences_path: str,
@@ -117,7 +133,9 @@ def report(
     queries = rng.choice(len(manifest), min(QUERIES, len(manifest)), replace=False)
     sampled = np.sort(rng.choice(len(manifest), min(SAMPLE, len(manifest)), replace=False))
     entries, similarity = _pair_similarities(pairs, sampled)
+    index_recall = artifacts.attributes(neighbors_path).get("recall")
     tasks = _tasks(scores_paths)
+    recalls = _recalls(recalls_paths)
     context = {
         "run_name": run_name,
         "version": __version__,
@@ -127,8 +145,11 @@ def report(
         "rejected_count": len(rejected),
         "tasks": tasks,
         "curves": _curves(metrics_paths),
+        "index_recall": index_recall and f"{100 * float(index_recall):.2f} %",
         "queries": _gallery(queries, neighbors, manifest, photo),
         "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
+        "recalls": recalls,
+        "recall_chart": _recall_chart(recalls),
         "histograms": _histograms(proposals, similarity, len(sampled), len(manifest)),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -355,6 +376,54 @@ def _pair_groups(
         ("Most similar RoI pairs", extremes(np.argsort(-similarity, kind="stable"))),
         ("Least similar RoI pairs that were kept", extremes(np.argsort(similarity, kind="stable"))),
     ]
+
+
+def _recalls(paths: Sequence[str]) -> list[Recall]:
+    """The results of `orl evaluate proposals`. Raises InputError."""
+    found = []
+    for path in paths:
+        result = artifacts.read_results(path)
+        try:
+            metrics, settings, data = result["metrics"], result["settings"], result["data"]
+            curves = {
+                name: [np.array(metrics["recall"][name][iou], float) for iou in ("0.5", "0.7")]
+                for name in ("all", "large")
+            }
+            made_with = settings["made_with"].get("proposals", {})
+            method = made_with.get("method", "fast")
+            searched = method in ("fast", "quality")
+            long_side = made_with.get("long_side") or "full size"
+            ends = [line[-1] for lines in curves.values() for line in lines]
+            found.append(
+                Recall(
+                    str(result["model"]),
+                    method,
+                    str(long_side) if searched else "–",
+                    f"{metrics['boxes_per_photo']:.1f}",
+                    f"{data['objects']:,}",
+                    f"{data['large_objects']:,} (≥ {settings['proposals']['min_size']} px)",
+                    ["–" if np.isnan(end) else f"{100 * end:.1f}" for end in ends],
+                    np.array(metrics["kept"]),
+                    (curves["large"][0], curves["large"][1]),
+                )
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: is no result of `orl evaluate proposals` ({error}); evaluate again.") from None
+    return found
+
+
+def _recall_chart(found: list[Recall]) -> list[Chart]:
+    """Recall of large objects by number of boxes kept, of as many variants as there are colours."""
+    drawn = found[: len(figures.COLORS)]
+    if not drawn:
+        return []
+    legend = [Style(one.name, color) for one, color in zip(drawn, figures.COLORS, strict=False)]
+    ends = "; ".join(f"{one.name} {one.cells[2]} and {one.cells[3]} %" for one in drawn)
+    alt = f"Recall of large objects by number of boxes kept; of all boxes, at IoU 0.5 and 0.7: {ends}"
+    more = len(found) - len(drawn)
+    note = "Solid: IoU 0.5, dashed: IoU 0.7." + (f" {more} more variants are not drawn." if more > 0 else "")
+    picture = figures.recalls([(one.kept, *one.large) for one in drawn], alt)
+    return [Chart("Recall of large objects", picture, legend, note)]
 
 
 def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled: int, photos: int) -> list[Chart]:

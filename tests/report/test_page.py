@@ -110,6 +110,7 @@ class Run:
         self.discovery(count)
         self.metrics: list[str] = []
         self.scores: list[str] = []
+        self.recalls: list[str] = []
 
     def discovery(self, count: int) -> None:
         """Neighbours, proposals and correspondences of `count` photos: 2 boxes and then 1, 1 to 2 pairs."""
@@ -142,12 +143,29 @@ class Run:
         artifacts.write_json(path, value)
         self.scores.append(str(path))
 
+    def add_recall(self, name: str, **made_with: Any) -> None:
+        """Recall of the proposals of a variant, with four or two numbers of boxes kept."""
+        kept = [1, 2, 5, 7] if made_with else [1, 3]
+        lines = {iou: [rate * number / 10 for number in kept] for iou, rate in (("0.5", 1.0), ("0.7", 0.5))}
+        metrics = {"kept": kept, "recall": {"all": lines, "large": {**lines, "0.7": [None] * len(kept)}}}
+        value = {
+            "task": "proposals",
+            "model": name,
+            "metrics": {**metrics, "boxes_per_photo": 3.25},
+            "settings": {"proposals": {"min_size": 96}, "made_with": {"proposals": made_with} if made_with else {}},
+            "data": {"objects": 1234, "large_objects": 0},
+        }
+        path = self.folder / f"recall{len(self.recalls)}.json"
+        artifacts.write_json(path, value)
+        self.recalls.append(str(path))
+
     def write(self, name: str = "index.html") -> str:
         files = [str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")]
         tables = str(self.folder / "manifest.csv"), str(self.folder / "rejected.csv")
         output = self.folder / "out" / name
         photos = str(self.folder / "photos")
-        report("run <1> & co", photos, *tables, self.metrics, self.scores, *files, "ignore", str(output))
+        lists = self.metrics, self.scores, self.recalls
+        report("run <1> & co", photos, *tables, *lists, *files, "ignore", str(output))
         return output.read_text()
 
 
@@ -263,6 +281,25 @@ def test_drawn_pairs_are_those_of_the_files(made: Run, page: Page) -> None:
         assert f"1: {extreme:.3f}" in page.text
 
 
+def test_recall_of_the_proposals(tmp_path: Path) -> None:
+    """A row for each variant, and a figure of no more variants than can be told apart; without any, neither."""
+    run = Run(tmp_path, 3, 1, size=100)
+    assert "Recall" not in Page(run.write()).text
+    run.add_recall("proposals")
+    run.add_recall(ODD, method="fast", long_side=300)
+    for number in range(len(figures.COLORS)):
+        run.add_recall(f"proposals-{number}", method="grid", long_side=300)
+    page = Page(run.write())
+    assert page.table("Proposals")[1:4] == [
+        ["proposals", "fast", "full size", "3.2", "1,234", "30.0", "15.0", "0 (≥ 96 px)", "30.0", "–"],
+        [ODD, "fast", "300", "3.2", "1,234", "70.0", "35.0", "0 (≥ 96 px)", "70.0", "–"],
+        ["proposals-0", "grid", "–", "3.2", "1,234", "70.0", "35.0", "0 (≥ 96 px)", "70.0", "–"],
+    ]
+    assert "2 more variants are not drawn" in page.text
+    assert "Solid: IoU 0.5, dashed: IoU 0.7." in page.text
+    assert any(label.startswith("Recall of large objects") and f"{ODD} 70.0 and – %" in label for label in page.labels)
+
+
 def test_same_inputs_same_bytes(made: Run) -> None:
     assert made.write("again.html") == (made.folder / "out" / "index.html").read_text()
 
@@ -371,6 +408,11 @@ def twice(run: Run) -> None:
             overwrite("score0.json", '{"task": "t", "model": "m", "metrics": {}, "settings": {}, "data": {}}'),
             "score0.json: holds no mAP",
         ),
+        (overwrite("recall0.json", "{"), "recall0.json: damaged"),
+        (
+            overwrite("recall0.json", '{"task": "t", "model": "m", "metrics": {}, "settings": {}, "data": {}}'),
+            "recall0.json: is no result of `orl evaluate proposals`",
+        ),
         (twice, "score1.json: model 'stage1' of voc07_svm is given twice"),
     ],
 )
@@ -378,6 +420,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, change: Callable[[Run], None],
     run = Run(tmp_path, 3, 1, size=100)
     run.add_metrics("stage1", ["global"], 2)
     run.add_score(result("stage1", 62.0))
+    run.add_recall("proposals")
     change(run)
     with pytest.raises(InputError, match=message):
         run.write()

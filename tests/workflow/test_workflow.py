@@ -99,6 +99,10 @@ def test_the_run_makes_every_file(finished):
         score = artifacts.read_results(results / "downstream" / model / "voc07_svm.json")
         assert score["model"] == model
         assert 0 <= score["metrics"]["mAP"] <= 100
+    recall = artifacts.read_results(results / "downstream" / "proposals.json")
+    assert (recall["model"], recall["settings"]["proposals"]) == ("proposals", {"min_size": 32})
+    assert 0 < recall["metrics"]["recall"]["large"]["0.5"][-1] <= 1
+    assert "Recall of large objects" in (results / "report" / "index.html").read_text()
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
 
@@ -151,7 +155,9 @@ DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report":
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
         ({"neighbors": {"k": 2}}, {"neighbors": 1, **DISCOVERY}),
         ({"rois": {"size": 40}}, {"rois": 3, **DISCOVERY}),
-        ({"proposals": {"top_n": 4}}, {"propose": 2, "rois": 3, **DISCOVERY, "merge": 2}),
+        ({"proposals": {"top_n": 4}}, {"propose": 2, "rois": 3, "proposals_recall": 1, **DISCOVERY, "merge": 2}),
+        ({"variants": {"grid": {"proposals": {"method": "grid"}}}},
+         {"propose": 2, "rois": 3, "proposals_recall": 1, **DISCOVERY, "merge": 2}),
         ({"embeddings": {"resize": 48}}, {"embed": 1, "neighbors": 1, **DISCOVERY, "merge": 2}),
         ({"downstream": {"voc07_svm": {"costs": [0.1]}}}, {"voc07_svm": 3, "report": 1}),
         (
@@ -163,8 +169,8 @@ DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report":
         ({"variants": {"p": {"stage3": {"patch": 16}}, "q": {"stage3": {"patch": 16}}}},
          {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"variants": {"seed1": {"seed": 1}}},
-         {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 3,
-          "voc07_svm": 3}),
+         {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "proposals_recall": 1, "neighbors": 1, "rois": 3,
+          **DISCOVERY, "merge": 3, "voc07_svm": 3}),
     ],
 )  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(finished, change, jobs):
@@ -373,6 +379,17 @@ def test_folders_without_enough_photos(tmp_path, files, sentence):
     assert log.startswith("orl manifest: ")
     assert sentence in log
     assert not (tmp_path / "results/tiny/manifest.csv").exists()
+
+
+def test_recall_is_measured_where_there_are_boxes(tmp_path):
+    """Of photos in COCO layout whose file holds boxes; not where it only lists them, or where there is none."""
+    root = tmp_path / "coco"
+    (root / "train2017").mkdir(parents=True)
+    (root / "lists.json").write_text('{"images": [{"id": 1, "file_name": "1.jpg"}]}')
+    (root / "boxes.json").write_text('{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}')
+    for annotations, jobs in (({}, 0), ({"train2017": "lists.json"}, 0), ({"train2017": "boxes.json"}, 1)):
+        data = {"layout": "coco", "root": str(root), "annotations": annotations}
+        assert plan(tmp_path, changed(data=data)).get("proposals_recall", 0) == jobs
 
 
 def test_real_photos_with_odd_names_and_few_neighbours(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from orl import InputError
@@ -45,6 +46,7 @@ UPSTREAM = {
     "rois": ("stage1", "proposals"),
     "correspondences": ("neighbors", "rois"),
     "stage3": ("correspondences",),
+    "proposals_recall": ("proposals",),
 }
 PATHS = {
     "manifest": "manifest.csv",
@@ -56,6 +58,7 @@ PATHS = {
     "rois": "discovery{v}/rois",
     "correspondences": "discovery{v}/correspondences.h5",
     "stage3": "models/orl{v}",
+    "proposals_recall": "downstream/proposals{v}.json",
 }
 MODELS = ("random", "stage1", "stage3")
 for task in ("voc07_svm",):
@@ -179,6 +182,11 @@ def models():
     )
 
 
+def annotations():
+    """The COCO files of data.annotations."""
+    return [str(Path(ROOT, file)) for file in RUN.data.annotations.values()]
+
+
 def labels(variant=None):
     """Folder of the labelled photos of voc07_svm, or None where it is not configured."""
     section = VARIANTS[variant].downstream.voc07_svm
@@ -207,6 +215,28 @@ def scores():
         if labels(v)
         for model in MODELS
     )
+
+
+def objects():
+    """The COCO files with boxes of the photos' objects: the scenes' own, or those of data.annotations that hold any."""
+    if SCENES:
+        return [f"{ROOT}/annotations/instances_train2017.json"]
+    return [file for file in annotations() if holds_boxes(file)]
+
+
+@cache
+def holds_boxes(file):
+    """Whether a COCO file does more than list photos; found without reading all of it."""
+    try:
+        with open(file) as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as data:
+            return data.find(b'"bbox"') >= 0
+    except (OSError, ValueError):  # missing or empty: the manifest's rule says so
+        return False
+
+
+def recalls():
+    """Recall of the proposals of every variant, where there are objects to find."""
+    return unique(found("proposals_recall", v) for v in VARIANTS if objects())
 
 
 for name in VARIANTS:

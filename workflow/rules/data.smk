@@ -18,11 +18,7 @@ if SCENES:
 rule manifest:
     input:
         photos=ROOT if SCENES else [],
-        annotations=(
-            []
-            if SCENES
-            else [str(Path(ROOT, file)) for file in RUN.data.annotations.values()]
-        ),
+        annotations=[] if SCENES else annotations(),
     output:
         manifest=f"{RESULTS}/manifest.csv",
         rejected=f"{RESULTS}/rejected.csv",

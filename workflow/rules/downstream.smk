@@ -20,3 +20,24 @@ rule voc07_svm:
         "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
         "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "
         "--gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+rule proposals_recall:
+    input:
+        manifest=of("manifest"),
+        proposals=of("proposals"),
+        annotations=ROOT if SCENES else objects(),
+    output:
+        f"{RESULTS}/downstream/proposals{{v}}.json",
+    log:
+        f"{RESULTS}/logs/proposals_recall{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/proposals_recall{{v}}.tsv"
+    params:
+        settings=decides("proposals_recall"),
+        version=settings.RESULT_VERSION["proposals_recall"],
+        annotations=lambda _: objects(),
+    shell:
+        "orl evaluate proposals --settings {params.settings:q} --manifest {input.manifest:q} "
+        "--proposals {input.proposals:q} --annotations {params.annotations:q} --name proposals{wildcards.v} "
+        "--output {output:q} 2>&1 | tee {log:q}"

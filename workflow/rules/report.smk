@@ -8,6 +8,7 @@ rule report:
             for v in VARIANTS
         ),
         scores=scores(),
+        recalls=recalls(),
         neighbors=found("neighbors"),
         proposals=found("proposals"),
         correspondences=found("correspondences"),
@@ -23,5 +24,6 @@ rule report:
     shell:
         "orl report --settings {params.settings:q} --run-name {params.name:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --rejected {input.rejected:q} --metrics {input.metrics:q} "
-        "--scores {input.scores:q} --neighbors {input.neighbors:q} --proposals {input.proposals:q} "
-        "--correspondences {input.correspondences:q} --output {output:q} 2>&1 | tee {log:q}"
+        "--scores {input.scores:q} --recalls {input.recalls:q} --neighbors {input.neighbors:q} "
+        "--proposals {input.proposals:q} --correspondences {input.correspondences:q} --output {output:q} "
+        "2>&1 | tee {log:q}"
