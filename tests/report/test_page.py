@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -340,6 +341,14 @@ def test_odd_results(tmp_path: Path) -> None:
     page = Page(run.write())
     assert page.table("Model")[1] == ["mine", "50.00", "", ""]
     assert page.bold == []  # nothing to compare
+
+
+def test_what_an_approximate_index_finds_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, 1, size=120)
+    assert "approximate index" not in run.write()
+    with h5py.File(tmp_path / "neighbors.h5", "r+") as file:
+        file.attrs["recall"] = "0.9871"
+    assert "found by an approximate index, which finds 98.71 % of the true neighbours." in run.write()
 
 
 def test_page_is_bounded(tmp_path: Path) -> None:
