@@ -1,6 +1,7 @@
 """Snakemake for real on a handful of scenes: what a run makes, and what reruns after which change."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -209,7 +210,7 @@ def test_another_result_version_reruns_its_stage(finished, monkeypatch):
     site = finished / "site"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text("import orl.config; orl.config.RESULT_VERSION['neighbors'] = 99\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     assert plan(finished, TINY) == {"neighbors": 1, **DISCOVERY}
 
 
