@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="columns of RoI features (default: by the disk, 1024 at most)")
     parser.add_argument("--shards", type=int, default=16, help="of RoIs and correspondences (default %(default)s)")
     parser.add_argument("--index", default="IVF4096,Flat", help="of `neighbors` (default %(default)s)")
-    parser.add_argument("--parameters", default="nprobe=32", help="of that index (default %(default)s)")
+    parser.add_argument("--parameters", default="nprobe=8", help="of that index (default %(default)s)")
     parser.add_argument("--config", default=PROJECT / "config/coco.yaml", help="of `plan` (default: config/coco.yaml)")
     parser.add_argument("--repeats", type=int, default=3, help="of `plan` (default %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default %(default)s")

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import errno
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -332,11 +331,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         header = next(reader, [])
         if tuple(header) != MANIFEST_COLUMNS:
             raise InputError(f"{path}: its columns are {header}, but {list(MANIFEST_COLUMNS)} are needed.")
-        pieces = [[np.array([], str)] * len(MANIFEST_COLUMNS)]
-        while lines := list(itertools.islice(reader, 10_000)):  # as Python's text, a million lines take 2 GB
-            pieces.append([np.array(column, str) for column in zip(*lines, strict=True)])
-        columns = map(np.concatenate, zip(*pieces, strict=True))
-        text = dict(zip(MANIFEST_COLUMNS, columns, strict=True))
+        columns = list(zip(*reader, strict=True)) or [()] * len(MANIFEST_COLUMNS)
+        text = {name: np.array(column, dtype=str) for name, column in zip(MANIFEST_COLUMNS, columns, strict=True)}
         numbers = {name: text[name].astype(np.int64) for name in ("width", "height", "bytes")}
     if len(text["path"]) < 2:
         raise InputError(f"{path}: lists {len(text['path'])} photos; at least two are needed.")

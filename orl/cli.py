@@ -14,7 +14,8 @@ from orl import InputError, NoRoomError, __version__, gpus
 from orl.config import Config, load
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
-rois -> correspond -> pretrain --stage stage3 -> evaluate -> report. `snakemake --cores all` runs it all."""
+rois -> correspond -> pretrain --stage stage3 -> evaluate -> report. `snakemake --cores all` runs it all.
+Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
