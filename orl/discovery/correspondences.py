@@ -114,14 +114,14 @@ def correspond(
     counts = np.maximum(1, (ratio * np.diff(offsets[part.start : part.stop + 1])).astype(np.int64))
     pair_offsets = np.concatenate([[0], np.cumsum(np.repeat(counts, k))])
     work = partial(_pairs, neighbor, offsets, [path for path, _ in tiles], ratio)
-    blocks_done = track(ordered(work, blocks, workers), len(blocks), "correspondences, blocks of photos")
+    done = ordered(work, blocks, min(workers, len(blocks)))
     settings, held, size = used(config, "correspondences"), shard and part, int(pair_offsets[-1]) * 6
     with artifacts.create(output, artifacts.CORRESPONDENCES, settings, inputs, held, size) as file:
         file["neighbor"] = neighbor[part.start : part.stop]
         pair = file.create_dataset("pair", (pair_offsets[-1], 2), np.uint16)
         similarity = file.create_dataset("similarity", (pair_offsets[-1],), np.float16)
         start = 0
-        for pairs, similarities in blocks_done:
+        for pairs, similarities in track(done, len(blocks), "correspondences, blocks of photos"):
             end = start + len(pairs)
             pair[start:end], similarity[start:end] = pairs, similarities
             start = end

@@ -61,7 +61,14 @@ def search(
         def batch(start: int) -> tuple[np.ndarray, np.ndarray]:
             here = places[start : start + BATCH]
             queries = _take(embedding, rows[here])
-            neighbor[here], similarity[here], short, tied = _best(embedding, rows[here], queries, find(queries), k)
+            try:
+                candidates = find(queries)
+            except RuntimeError as error:  # as a rule a GPU without enough memory
+                raise InputError(
+                    f"neighbors.index: FAISS cannot search {label!r} ({_reason(error)}); name another index, or search "
+                    f"on the CPU (--gpus 0)."
+                ) from None
+            neighbor[here], similarity[here], short, tied = _best(embedding, rows[here], queries, candidates, k)
             return here[short], here[tied]
 
         starts = range(0, len(places), BATCH)

@@ -324,3 +324,12 @@ def test_few_photos_per_centroid_are_said_once(kind, capfd):
     assert said[0].startswith(f"warning: neighbors.index {kind} has {least} centroids for 100 photos; FAISS advises 39")
     search(random_unit(39 * least, 16), 3, kind)
     assert "warning" not in capfd.readouterr().err.lower()
+
+
+def test_a_search_that_fails_is_one_sentence(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("Error in void f() at a/B.cpp:12: Error: 'err == cudaSuccess' failed: out of memory")
+
+    monkeypatch.setattr(faiss, "knn", fails)
+    with pytest.raises(InputError, match=r"neighbors.index: FAISS cannot search 'Flat' \(out of memory\); .*--gpus 0"):
+        search(np.eye(5, dtype=np.float32), 2)
