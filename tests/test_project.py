@@ -35,7 +35,7 @@ def test_every_dependency_is_pinned_in_the_constraints():
 
 def test_the_rules_named_in_the_readme_exist():
     readme = (PROJECT / "README.md").read_text()
-    named = set(re.search(r"Rule names: `([\w ]+)`", readme)[1].split())
+    named = set(re.search(r"Rule names: `([\w\s]+)`", readme)[1].split())
     rules = set()
     for path in (PROJECT / "workflow" / "rules").glob("*.smk"):
         rules |= set(re.findall(r"^\s*rule (\w+):", path.read_text(), re.MULTILINE))

@@ -69,15 +69,12 @@ def run(command, **options):
     return subprocess.run([sys.executable, "-m", "orl", *command], capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_while_it_writes(commands, name, at, tmp_path):
     command, output = [*commands[0][name], "--output", str(tmp_path / "new.h5")], tmp_path / "new.h5"
     environment = {**os.environ, "KILL_AT": str(at)}
     dead = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, text=True)
-    if (name, at) in {("embed", 2), ("rois", 2)}:  # one batch is all they write
-        assert dead.returncode == 0, dead.stderr
-        return
     assert dead.returncode == -9
     assert not output.exists()
     assert len(list(tmp_path.iterdir())) == 1  # what it had written so far
