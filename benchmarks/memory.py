@@ -18,10 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-from common import COCO, machine, make_up_manifest, make_up_stage2
+from common import COCO, machine, make_up_manifest, make_up_stage2, memory
 
 from orl import artifacts
 from orl.config import Stage3
@@ -38,12 +37,6 @@ def resident() -> dict[str, float]:
     return {"anonymous": anonymous, "files": kilobytes["Rss"] * 1024 / 1e6 - anonymous}
 
 
-def highest() -> float:
-    """Most memory that this process ever had, MB; getrusage's would be that of the process that started it."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
-
-
 def measure(folder: str, count: int) -> None:
     """In the fresh process: open the files, draw `count` samples, print what it took as JSON."""
 
@@ -54,7 +47,7 @@ def measure(folder: str, count: int) -> None:
         return np.broadcast_to(np.uint8(0), (size[1], size[0], 3))
 
     samples.load, samples.resize_crop = blank, no_crop
-    before, peak_before = resident(), highest()
+    before, (peak, _) = resident(), memory(os.getpid())
     started = time.perf_counter()
     manifest = artifacts.read_manifest(os.path.join(folder, "manifest.csv"))
     read = time.perf_counter()
@@ -70,7 +63,7 @@ def measure(folder: str, count: int) -> None:
         "manifest_seconds": read - started,
         "open_seconds": opened - read,
         "columns": sum(column.nbytes for column in vars(manifest).values()) / 1e6,
-        "peak": highest() - peak_before,
+        "peak": memory(os.getpid())[0] - peak,
     }
     for kind in before:
         found[f"{kind}_opened"], found[f"{kind}_drawn"] = ready[kind] - before[kind], after[kind] - before[kind]

@@ -210,13 +210,12 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
     size = sum(array.nbytes for arrays in parts for array in arrays)
     with atomic(output) as temporary, _new(temporary, size) as file:
         file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
-        for position, (name, *arrays) in enumerate(zip(LAYOUT[schema], *parts, strict=True)):
+        for name, *arrays in zip(LAYOUT[schema], *parts, strict=True):
             offsets = name.endswith("_offsets")  # the first of a shard is the last of the one before it
             rows = sum(map(len, arrays)) - offsets * (len(arrays) - 1)
             joined = file.create_dataset(name, (rows, *arrays[0].shape[1:]), np.result_type(*arrays))
             start = end = 0
-            for path in shards:  # opened anew: a map keeps what was read of it in memory
-                array = _read(path, schema, shards=True)[position]
+            for array in (read_past(array, 0, len(array)) for array in arrays):
                 if offsets:
                     array = array[start > 0 :] + end
                     end = array[-1] if len(array) else end
@@ -287,6 +286,19 @@ def _read(path: str | os.PathLike, schema: str, shards: bool = False) -> list[np
             else:
                 arrays.append(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
     return arrays
+
+
+def read_past(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows of an array that a file of this module was read as, from the file itself.
+
+    Of a map, the system puts more than is asked for into this process's memory, and keeps it there.
+    """
+    if not isinstance(array, np.memmap):  # of no row
+        return array[start:stop]
+    width = array[:1].size
+    offset = array.offset + start * width * array.itemsize
+    found = np.fromfile(str(array.filename), array.dtype, (stop - start) * width, offset=offset)
+    return found.reshape(stop - start, *array.shape[1:])
 
 
 def check_rows(path: str | os.PathLike, found: int, expected: int, of: str) -> None:

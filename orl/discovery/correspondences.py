@@ -4,7 +4,6 @@ from bisect import bisect
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -47,19 +46,15 @@ def _pairs(
     """Pairs uint16 [P, 2] and similarities float16 [P] of the photos `rows` with each of their neighbours.
 
     Their features are read once, in the order in which they lie in the files: a block needs many photos twice, and a
-    disk reads forward. They are read past the maps, of which the system would put far more than is asked for into this
-    process's memory.
+    disk reads forward.
     """
-    maps: list[Any] = [artifacts.read_rois(path).feature for path in rois_paths]
-    starts, width = [0, *accumulate(map(len, maps))], maps[0].shape[1]
+    maps = [artifacts.read_rois(path).feature for path in rois_paths]
+    starts = [0, *accumulate(map(len, maps))]
     features: dict[int, np.ndarray] = {}
     for row in np.unique(np.append(neighbor[rows.start : rows.stop], rows)).tolist():
         first, last = offsets[row : row + 2].tolist()
         at = bisect(starts, first) - 1
-        shape, offset = (last - first, width), (first - starts[at]) * width * maps[at].itemsize
-        features[row] = np.fromfile(
-            maps[at].filename, maps[at].dtype, shape[0] * width, offset=maps[at].offset + offset
-        ).reshape(shape)
+        features[row] = artifacts.read_past(maps[at], first - starts[at], last - starts[at])
     pairs: list[np.ndarray] = []
     similarities: list[np.ndarray] = []
     with threadpool_limits(1):
