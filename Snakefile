@@ -18,6 +18,7 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/report/index.html",
-        models(),
+        trained("backbone.safetensors"),
         scores(),
-        recalls(),
+        measured("proposals_recall"),
+        measured("pair_precision"),

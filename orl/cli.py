@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from orl import InputError, NoRoomError, __version__, gpus
 from orl.config import Config, load
@@ -118,6 +119,13 @@ def _recall(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.proposals import evaluate
 
     evaluate(config, args.name, args.manifest, args.proposals, args.annotations, args.output, args.plot)
+
+
+def _precision(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.pairs import evaluate
+
+    files = (args.manifest, args.proposals, args.correspondences, args.annotations, args.output)
+    evaluate(config, args.name, *files)
 
 
 def _report(args: argparse.Namespace, config: Config) -> None:
@@ -303,11 +311,28 @@ def parser() -> argparse.ArgumentParser:
         settings=["proposals.min_size, from which on objects are large"],
         under=tasks,
     )
-    sub.add_argument(
-        "--annotations", nargs="+", required=True, metavar="FILE", help="COCO JSONs with the objects' boxes"
-    )
+    has_objects: dict[str, Any] = {
+        "nargs": "+",
+        "required": True,
+        "metavar": "FILE",
+        "help": "COCO JSONs with the objects' boxes",
+    }
+    sub.add_argument("--annotations", **has_objects)
     sub.add_argument("--name", default="proposals", help="what the result calls them (default: %(default)s)")
     sub.add_argument("--plot", metavar="FILE", help="PNG to draw as well")
+    sub = command(
+        "pairs",
+        _precision,
+        "precision of RoI pairs: how many show the same class",
+        MANIFEST,
+        PROPOSALS,
+        ("--correspondences", "FILE", "correspondences.h5"),
+        output="JSON to write",
+        settings=["seed, of the random pairs to compare with"],
+        under=tasks,
+    )
+    sub.add_argument("--annotations", **has_objects)
+    sub.add_argument("--name", default="pairs", help="what the result calls them (default: %(default)s)")
     sub = command(
         "report",
         _report,

@@ -219,6 +219,8 @@ class Proposals(Section):
 class Neighbors(Section):
     """Image neighbours by cosine similarity (ORL release, stage 2)."""
 
+    method: Literal["nearest", "random"] = "nearest"
+    """The most similar photos; or, to compare with, random ones."""
     k: Positive = 10
     """Neighbours per photo; clipped to the number of other photos."""
     index: Annotated[str, AfterValidator(_index)] = "Flat"
@@ -232,6 +234,8 @@ class Neighbors(Section):
     def _parameters_fit(self) -> "Neighbors":
         if self.parameters and self.index == "Flat":
             raise ValueError("parameters are for an approximate index, but index is Flat; leave one out")
+        if self.method == "random" and self.index != "Flat":
+            raise ValueError(f"index {self.index} is for the nearest, but method is random; leave one out")
         return self
 
 
@@ -247,6 +251,8 @@ class Rois(Section):
 class Correspondences(Section):
     """RoI pairs between a photo and each of its neighbours (ORL release, stage 2)."""
 
+    method: Literal["similar", "random"] = "similar"
+    """The most similar pairs; or, to compare with, as many random ones."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Pairs kept per neighbour, as a share of the number of the photo's RoIs; at least one."""
 
@@ -356,6 +362,9 @@ class Compute(Section):
     """Only deterministic operations on a GPU, so that resuming is bit-equal there, too; slower."""
 
 
+Measured = Literal["random", "stage1", "pairs", "orl"]
+
+
 class Config(Section):
     """A run."""
 
@@ -363,6 +372,10 @@ class Config(Section):
     """Name of the run; everything lies under results/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice."""
+    repeats: Annotated[int, Field(ge=1, le=100)] = 1
+    """How often all is done, with seeds `seed`, `seed` + 1, …; the report then gives mean and standard error."""
+    measure: list[Measured] = ["random", "stage1", "pairs", "orl"]
+    """Models to evaluate, and stage 2's boxes and pairs; what none of these needs is not made."""
     precision: Precision = "auto"
     """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Evaluation uses float32."""
     data: Data = Data()
@@ -375,7 +388,7 @@ class Config(Section):
     stage3: Stage3 = Stage3()
     downstream: Downstream = Downstream()
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], dict[str, Any]] = {}
-    """Name -> any scientific settings that differ (not name, data or compute); stages that agree are shared."""
+    """Name -> any settings that differ (not name, data or compute); stages that agree are shared."""
     compute: Compute = Compute()
 
 
@@ -387,12 +400,13 @@ USES: dict[str, tuple[str, ...]] = {
     "stage1": ("seed", "precision", "data.exif", "stage1"),
     "embeddings": ("data.exif", "embeddings"),
     "proposals": ("seed", "data.exif", "proposals"),
-    "neighbors": ("neighbors",),
+    "neighbors": ("seed", "neighbors"),
     "rois": ("data.exif", "rois"),
-    "correspondences": ("correspondences",),
+    "correspondences": ("seed", "correspondences"),
     "stage3": ("seed", "precision", "data.exif", "stage3"),
     "voc07_svm": ("data.exif", "downstream.voc07_svm"),
     "proposals_recall": ("proposals.min_size",),
+    "pair_precision": ("seed",),
     "report": ("data.exif",),
 }
 
@@ -402,8 +416,8 @@ RESULT_VERSION: dict[str, int] = {
     "embeddings": 2,
     "neighbors": 2,
     "rois": 2,
-    "stage1": 2,
-    "stage3": 2,
+    "stage1": 3,
+    "stage3": 3,
     "voc07_svm": 2,
 }
 
@@ -490,7 +504,6 @@ def load(text: str) -> Config:
 
 def variant(raw: dict, name: str | None) -> Config:
     """The configuration of variant `name` of a raw config (None: the run itself). Raises InputError."""
-    raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
     base = {key: value for key, value in raw.items() if key != "variants"}
     if name is None:
         return parse(base, "config")
@@ -499,6 +512,22 @@ def variant(raw: dict, name: str | None) -> Config:
     if fixed:
         raise InputError(f"config: variants.{name}: {fixed[0]!r} is the same for all variants; set it once, outside.")
     return parse(merge(base, change), f"config, variant {name}")
+
+
+def runs(raw: dict) -> dict[str, Config]:
+    """The configurations of the run itself, of its variants, and of their repeats. Raises InputError.
+
+    They go by what the names of their files and folders end in: nothing or -VARIANT, and .seedN for a repeat.
+    """
+    raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
+    found = {}
+    for name in (None, *raw.get("variants", {})):
+        one = variant(raw, name)
+        suffix = f"-{name}" if name else ""
+        for seed in range(one.seed, one.seed + one.repeats):
+            repeat = merge(raw, {"variants": {name: {"seed": seed}}} if name else {"seed": seed})
+            found[suffix if seed == one.seed else f"{suffix}.seed{seed}"] = variant(repeat, name)
+    return found
 
 
 def used(config: Config, stage: str) -> dict:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from orl import InputError, config
-from orl.config import Config, load, merge, parse, used, variant
+from orl.config import Config, load, merge, parse, runs, used, variant
 
 PROJECT = Path(__file__).parents[1]
 SHIPPED = sorted(path for path in (PROJECT / "config").glob("*.yaml"))
@@ -252,6 +252,26 @@ def test_errors_in_a_variant_name_it():
         variant(raw, "odd")
 
 
+def test_every_run_is_repeated_with_seeds_of_its_own():
+    raw = {"seed": 3, "repeats": 2, "variants": {"once": {"repeats": 1, "neighbors": {"k": 5}}, "late": {"seed": 9}}}
+    found = runs(raw)
+    assert {suffix: one.seed for suffix, one in found.items()} == {
+        "": 3,
+        ".seed4": 4,
+        "-once": 3,
+        "-late": 9,
+        "-late.seed10": 10,
+    }
+    assert [one.neighbors.k for one in found.values()] == [10, 10, 5, 10, 10]
+    assert raw["seed"] == 3
+    assert list(runs({})) == [""]
+
+
+def test_repeats_whose_seeds_would_be_too_large():
+    with pytest.raises(InputError, match="seed"):
+        runs({"seed": 2**31 - 1, "repeats": 2})
+
+
 # Loading
 
 
@@ -390,8 +410,7 @@ def test_every_key_is_described():
 def test_shipped_configs_are_valid(path):
     raw = yaml.safe_load(path.read_text())
     assert parse(raw, path.name).name == raw["name"]
-    for name in raw.get("variants", {}):
-        variant(raw, name)
+    runs(raw)
     jsonschema.validate(raw, config.schema())
 
 
@@ -403,8 +422,8 @@ def test_the_schema_refuses_too(raw):
 
 def test_variants_whose_names_yaml_reads_as_numbers():
     raw = {"variants": {5: {"neighbors": {"k": 5}}}}
-    (name,) = config.parse(raw).variants
-    assert config.variant(raw, name).neighbors.k == 5
+    assert list(config.parse(raw).variants) == ["5"]
+    assert config.runs(raw)["-5"].neighbors.k == 5
 
 
 def test_methods_have_their_own_defaults_and_stage_3_only_what_is_given():

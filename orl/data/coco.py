@@ -82,7 +82,8 @@ def _listed(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Objects:
-    """Annotated objects: `box` float64 [m, 4], x y w h in pixels, as they stand in the file; `crowd` bool [m].
+    """Annotated objects: `box` float64 [m, 4], x y w h in pixels, as they stand in the file; `crowd` bool [m];
+    `category` int64 [m]: category_id, or -1 where it is missing.
 
     Object i is in the photo that `photo` int64 [m] names: a row of `name` (file names, n) and of `size` int64 [n, 2]
     (width, height; 0 where the file does not say).
@@ -93,10 +94,11 @@ class Objects:
     photo: np.ndarray
     box: np.ndarray
     crowd: np.ndarray
+    category: np.ndarray
 
 
 def read_objects(path: str | os.PathLike) -> Objects:
-    """The boxes of a COCO JSON; none where it only lists photos. Classes, masks and areas are not kept.
+    """The boxes of a COCO JSON; none where it only lists photos. Masks and areas are not kept.
 
     Raises InputError.
     """
@@ -105,7 +107,9 @@ def read_objects(path: str | os.PathLike) -> Objects:
         if "bbox" in value:  # a tuple takes less memory
             box = value["bbox"]
             whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-            return (str(value.get("image_id")), bool(value.get("iscrowd")), *box) if whole else ()
+            category = value.get("category_id")
+            kind = category if type(category) is int and category >= 0 else -1
+            return (str(value.get("image_id")), bool(value.get("iscrowd")), kind, *box) if whole else ()
         return _keep(value)
 
     found, images = _load(path, keep, "name a COCO JSON with boxes")
@@ -124,8 +128,9 @@ def read_objects(path: str | os.PathLike) -> Objects:
         [image["file_name"] for image in images],
         np.array([size if all(type(s) is int for s in size) else (0, 0) for size in sizes], np.int64).reshape(-1, 2),
         np.array([row[one[0]] for one in objects], np.int64),
-        np.array([one[2:] for one in objects], np.float64).reshape(-1, 4),
+        np.array([one[3:] for one in objects], np.float64).reshape(-1, 4),
         np.array([one[1] for one in objects], bool),
+        np.array([one[2] for one in objects], np.int64),
     )
 
 

@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from orl import artifacts
 from orl.config import Config, used
+from orl.data.views import rng
 from orl.progress import track
 from orl.workers import ordered
 
@@ -33,7 +34,13 @@ def _best(
     similarity = product.ravel()
     # A matrix product rounds equal rows differently from place to place: candidates are computed anew, one by one.
     cut = np.partition(similarity, -count)[-count] - 1e-5
-    candidates = np.flatnonzero(similarity >= cut)
+    return _ordered(query, key, np.flatnonzero(similarity >= cut), count)
+
+
+def _ordered(
+    query: np.ndarray, key: np.ndarray, candidates: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `count` most similar of the pairs whose flat indices, ascending, are `candidates`."""
     here, there = candidates // len(key), candidates % len(key)
     exact = (query[here] * key[there]).sum(1, dtype=np.float64).astype(np.float32)
     best = np.argsort(-exact, kind="stable")[:count]
@@ -41,7 +48,7 @@ def _best(
 
 
 def _pairs(
-    neighbor: np.ndarray, offsets: np.ndarray, rois_paths: Sequence[str], ratio: float, rows: range
+    config: Config, neighbor: np.ndarray, offsets: np.ndarray, rois_paths: Sequence[str], rows: range
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs uint16 [P, 2] and similarities float16 [P] of the photos `rows` with each of their neighbours.
 
@@ -60,13 +67,18 @@ def _pairs(
     with threadpool_limits(1):
         for row in rows:
             query = features[row].astype(np.float32)
-            count = max(1, int(ratio * len(query)))
+            count = max(1, int(config.correspondences.ratio * len(query)))
             others = [features[other] for other in neighbor[row].tolist()]
             ends = [0, *accumulate(map(len, others))]
             keys = np.concatenate(others, dtype=np.float32, casting="safe")
             product = query @ keys.T
-            for start, end in pairwise(ends):
-                *pair, similarity = _best(query, keys[start:end], product[:, start:end], count)
+            for slot, (start, end) in enumerate(pairwise(ends)):
+                key = keys[start:end]
+                if config.correspondences.method == "random":
+                    flat = rng(config.seed, row, slot).choice(len(query) * len(key), count, replace=False)
+                    *pair, similarity = _ordered(query, key, np.sort(flat), count)
+                else:
+                    *pair, similarity = _best(query, key, product[:, start:end], count)
                 pairs.append(np.stack(pair, 1).astype(np.uint16))
                 similarities.append(similarity.astype(np.float16))
     return np.concatenate(pairs), np.concatenate(similarities)
@@ -105,10 +117,10 @@ def correspond(
     photo = len(found.box) / len(neighbor) * width * 2  # bytes
     step = max(1, int(MEMORY / (photo * (k + 1))))
     blocks = [range(start, min(start + step, part.stop)) for start in range(part.start, part.stop, step)]
-    ratio = config.correspondences.ratio
-    counts = np.maximum(1, (ratio * np.diff(offsets[part.start : part.stop + 1])).astype(np.int64))
+    rois = np.diff(offsets[part.start : part.stop + 1])
+    counts = np.maximum(1, (config.correspondences.ratio * rois).astype(np.int64))
     pair_offsets = np.concatenate([[0], np.cumsum(np.repeat(counts, k))])
-    work = partial(_pairs, neighbor, offsets, [path for path, _ in tiles], ratio)
+    work = partial(_pairs, config, neighbor, offsets, [path for path, _ in tiles])
     done = ordered(work, blocks, min(workers, len(blocks)))
     settings, held, size = used(config, "correspondences"), shard and part, int(pair_offsets[-1]) * 6
     with artifacts.create(output, artifacts.CORRESPONDENCES, settings, inputs, held, size) as file:

@@ -7,6 +7,7 @@ import numpy as np
 
 from orl import InputError, artifacts
 from orl.config import Config, used
+from orl.data.views import rng
 from orl.discovery.search import BATCH, empty, search
 
 RECALL_PHOTOS = 1000
@@ -38,9 +39,12 @@ def neighbors(config: Config, manifest_path: str, embeddings_path: str, output: 
 
     index, similarity = np.empty((len(embedding), k), np.int32), np.empty((len(embedding), k), np.float32)
     for rows, pool, _, _ in pools:
-        index[rows], similarity[rows] = search(
-            embedding, k, settings.index, settings.parameters, rows, pool, threads=threads
-        )
+        if settings.method == "random":
+            index[rows], similarity[rows] = _random(embedding, k, rows, pool, config.seed)
+        else:
+            index[rows], similarity[rows] = search(
+                embedding, k, settings.index, settings.parameters, rows, pool, threads=threads
+            )
     attributes = {}
     if settings.index != "Flat":
         tried = np.random.default_rng(0).choice(len(index), min(RECALL_PHOTOS, len(index)), replace=False)
@@ -70,6 +74,23 @@ def _pools(part: np.ndarray, scope: str) -> Iterator[tuple[np.ndarray, np.ndarra
             yield rows, rows, len(rows) - 1, f"part {str(name)!r} has {len(rows)} photo{'s' if len(rows) > 1 else ''}"
         else:
             yield rows, rest, len(rest), f"{len(rest) or 'no'} photos are outside part {str(name)!r}"
+
+
+def _random(
+    embedding: np.ndarray, k: int, rows: np.ndarray, pool: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `search`, but of k random photos of the `pool` (ascending): indices int32 and similarities [n, k]."""
+    index, similarity = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32)
+    for place, row in enumerate(rows.tolist()):
+        own = np.searchsorted(pool, row)
+        others = len(pool) - (own < len(pool) and pool[own] == row)
+        drawn = np.sort(rng(seed, row).choice(others, k, replace=False))
+        if others < len(pool):
+            drawn += drawn >= own
+        near = embedding[pool[drawn]] @ embedding[row]
+        order = np.argsort(-near, kind="stable")
+        index[place], similarity[place] = pool[drawn[order]], near[order]
+    return index, similarity
 
 
 def _check_unit(embedding: np.ndarray, manifest: artifacts.Manifest, path: str) -> None:

@@ -63,7 +63,7 @@ def evaluate(
     offsets = np.asarray(proposals.box_offsets)
     artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), os.fspath(manifest_path))
     artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
-    row, box, left_out = _objects(manifest, annotations)
+    row, box, _, left_out = objects_of(manifest, annotations)
     photos, starts = np.unique(row, return_index=True)
     groups = zip(photos, np.split(box, starts[1:]), strict=True)
     found = np.concatenate(
@@ -105,14 +105,18 @@ def evaluate(
     return result
 
 
-def _objects(
+def objects_of(
     manifest: artifacts.Manifest, annotations: Sequence[str | os.PathLike]
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Manifest rows int64 [m], ascending, and boxes float64 [m, 4] of the objects; what was left out, counted."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+    """The annotated objects on the photos of a manifest, as `evaluate` says.
+
+    Returns manifest rows int64 [m], ascending, boxes float64 [m, 4] and categories int64 [m] (-1: none is given), and
+    what was left out, counted. Raises InputError.
+    """
     stems = [PurePosixPath(path).stem for path in manifest.path.tolist()]
     row_of = {stem: row for row, stem in enumerate(stems)}
     listed: dict[int, str | os.PathLike] = {}
-    rows, boxes, crowds = [], [], []
+    rows, boxes, crowds, categories = [], [], [], []
     other_size = 0
     for path in annotations:
         objects = coco.read_objects(path)
@@ -129,7 +133,8 @@ def _objects(
         rows.append(own[own >= 0])
         boxes.append(objects.box[own >= 0])
         crowds.append(objects.crowd[own >= 0])
-    row, box, crowd = np.concatenate(rows), np.concatenate(boxes), np.concatenate(crowds)
+        categories.append(objects.category[own >= 0])
+    row, box, crowd, category = map(np.concatenate, (rows, boxes, crowds, categories))
     flat = ~crowd & ~(np.isfinite(box).all(1) & (box[:, 2:] > 0).all(1))
     good = ~crowd & ~flat
     if not good.any():
@@ -145,7 +150,8 @@ def _objects(
         "without_area": int(flat.sum()),
         "photos_of_other_size": other_size,
     }
-    return row[good][order], box[good][order], {name: int(count) for name, count in left_out.items()}
+    counted = {name: int(count) for name, count in left_out.items()}
+    return row[good][order], box[good][order], category[good][order], counted
 
 
 def _draw(result: dict[str, Any], path: str | os.PathLike) -> None:

@@ -195,8 +195,7 @@ class _Run:
             torch.use_deterministic_algorithms(True)
 
         self.model: Any = initial(settings, config.seed).to(self.device).train()
-        if on_gpu:
-            self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # faster on the CPU as well
         if self.size > 1 and on_gpu and not isinstance(self.model, MoCo):  # whose statistics are of small groups
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.forward: Any = self.model

@@ -20,7 +20,7 @@ def stop(sentence):
 
 try:
     RUN = settings.parse(config, "config")
-    VARIANTS = {name: settings.variant(config, name) for name in (None, *RUN.variants)}
+    RUNS = settings.runs(config)
 except InputError as error:
     stop(error)
 
@@ -35,7 +35,7 @@ if not SCENES and not Path(ROOT).is_dir():
         f"config: data.root: {ROOT!r} is no folder; set it to the folder of your photos."
     )
 
-# What each stage is made from, and its file or folder; {v} is "" or "-VARIANT".
+# What each stage is made from, and its file or folder; {v} is a key of RUNS.
 UPSTREAM = {
     "manifest": (),
     "random": (),
@@ -47,6 +47,7 @@ UPSTREAM = {
     "correspondences": ("neighbors", "rois"),
     "stage3": ("correspondences",),
     "proposals_recall": ("proposals",),
+    "pair_precision": ("correspondences",),
 }
 PATHS = {
     "manifest": "manifest.csv",
@@ -59,10 +60,11 @@ PATHS = {
     "correspondences": "discovery{v}/correspondences.h5",
     "stage3": "models/orl{v}",
     "proposals_recall": "downstream/proposals{v}.json",
+    "pair_precision": "downstream/pairs{v}.json",
 }
-MODELS = ("random", "stage1", "stage3")
+MODELS = {"random": "random", "stage1": "stage1", "orl": "stage3"}  # name -> stage
 for task in ("voc07_svm",):
-    for model in MODELS:
+    for model in MODELS.values():
         UPSTREAM[f"{task} {model}"] = (model,)
         PATHS[f"{task} {model}"] = f"{PATHS[model]}/{task}.json".replace(
             "models", "downstream"
@@ -78,49 +80,49 @@ except (OSError, ValueError):
     HELD = {}
 
 
-def given(variant):
-    """The file of weights that a variant uses instead of training stage 1, or None."""
-    return VARIANTS[variant].stage1.weights
+def given(v):
+    """The file of weights that a run uses instead of training stage 1, or None."""
+    return RUNS[v].stage1.weights
 
 
 @cache
-def digest(stage, variant):
+def digest(stage, v):
     """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
-    whole = [settings.used(VARIANTS[variant], stage.split()[0])]
-    if not (stage == "stage1" and given(variant)):  # given weights need no photos
-        whole += [digest(upstream, variant) for upstream in UPSTREAM[stage]]
+    whole = [settings.used(RUNS[v], stage.split()[0])]
+    if not (stage == "stage1" and given(v)):  # given weights need no photos
+        whole += [digest(upstream, v) for upstream in UPSTREAM[stage]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def owner(stage, variant):
-    """The variant (None: the run itself) whose folder holds a stage of `variant`.
+def owner(stage, v):
+    """The run whose folder holds a stage of run `v`.
 
-    The first variant with equal settings for the stage and everything upstream of it; among several, one whose folder
-    was last made with these settings, so that going back to settings which another variant holds finds its results.
+    The first with equal settings for the stage and everything upstream of it; among several, one whose folder was
+    last made with these settings, so that going back to settings which another variant holds finds its results.
     """
-    wanted = digest(stage, variant)
-    equal = [other for other in VARIANTS if digest(stage, other) == wanted]
+    wanted = digest(stage, v)
+    equal = [other for other in RUNS if digest(stage, other) == wanted]
     return next(
         (other for other in equal if HELD.get(place(stage, other)) == wanted), equal[0]
     )
 
 
-def place(stage, variant):
-    """File or folder of a stage in a variant's own folder, relative to the run's results."""
-    return PATHS[stage].format(v=f"-{variant}" if variant else "")
+def place(stage, v):
+    """File or folder of a stage in a run's own folder, relative to the results."""
+    return PATHS[stage].format(v=v)
 
 
-def found(stage, variant=None):
-    """File or folder where a stage of a variant lies."""
-    return f"{RESULTS}/{place(stage, owner(stage, variant))}"
+def found(stage, v=""):
+    """File or folder where a stage of a run lies."""
+    return f"{RESULTS}/{place(stage, owner(stage, v))}"
 
 
-def shards(stage, variant=None):
+def shards(stage, v=""):
     """The files of the shards of a stage.
 
     As many as compute.shards says, unless a complete set with these settings is there: another count reruns nothing.
     """
-    folder = Path(found(stage, variant).removesuffix(".h5"))
+    folder = Path(found(stage, v).removesuffix(".h5"))
 
     def files(count):
         return [
@@ -128,8 +130,8 @@ def shards(stage, variant=None):
         ]
 
     counts = [getattr(COMPUTE.shards, stage)]
-    made = place(stage, owner(stage, variant))
-    if HELD.get(made) == digest(stage, variant):
+    made = place(stage, owner(stage, v))
+    if HELD.get(made) == digest(stage, v):
         counts += sorted(int(file.stem[-4:]) for file in folder.glob("0001-of-????.h5"))
     complete = (count for count in counts if all(map(os.path.exists, files(count))))
     return files(next(complete, counts[0]))
@@ -141,27 +143,21 @@ def number_of(wildcards):
     return f"{number}/{count}"
 
 
-def variant_of(wildcards):
-    """The variant that wildcard v stands for (None: the run itself)."""
-    return wildcards.get("v", "")[1:] or None
-
-
 def of(stage, *file):
-    """Input function: where the stage lies for the variant of wildcard v, or a file in its folder."""
-    return lambda wildcards: "/".join([found(stage, variant_of(wildcards)), *file])
+    """Input function: where the stage lies for the run of wildcard v, or a file in its folder."""
+    return lambda wildcards: "/".join([found(stage, wildcards.get("v", "")), *file])
 
 
 def evaluated(wildcards):
-    """The backbone that a result is of, wherever its variant's model lies."""
-    stage = {"random": "random", "stage1": "stage1", "orl": "stage3"}[wildcards.model]
-    return of(stage, "backbone.safetensors")(wildcards)
+    """The backbone that a result is of, wherever its run's model lies."""
+    return of(MODELS[wildcards.model], "backbone.safetensors")(wildcards)
 
 
 def decides(stage):
     """Params function: the settings that decide a stage's result, as JSON for --settings."""
 
     def as_json(wildcards):
-        used = settings.used(VARIANTS[variant_of(wildcards)], stage)
+        used = settings.used(RUNS[wildcards.get("v", "")], stage)
         return json.dumps(
             {key: value for key, value in used.items() if key != "version"}
         )
@@ -173,12 +169,13 @@ def unique(items):
     return list(dict.fromkeys(items))
 
 
-def models():
-    """Every model of every variant."""
+def trained(file):
+    """A file of every model that is trained to be evaluated."""
     return unique(
-        f"{found(model, v)}/backbone.safetensors"
-        for model in ("stage1", "stage3")
-        for v in VARIANTS
+        f"{found(MODELS[model], v)}/{file}"
+        for model in ("stage1", "orl")
+        for v in RUNS
+        if model in RUNS[v].measure
     )
 
 
@@ -187,17 +184,17 @@ def annotations():
     return [str(Path(ROOT, file)) for file in RUN.data.annotations.values()]
 
 
-def labels(variant=None):
+def labels(v=""):
     """Folder of the labelled photos of voc07_svm, or None where it is not configured."""
-    section = VARIANTS[variant].downstream.voc07_svm
+    section = RUNS[v].downstream.voc07_svm
     if section.root is None and SCENES:
         return f"{ROOT}/VOCdevkit/VOC2007" if section.layout == "voc" else ROOT
     return section.root
 
 
-def label_files(variant):
+def label_files(v):
     """The lists of labels of voc07_svm, in either layout: corrected labels are evaluated again."""
-    root = VARIANTS[variant].downstream.voc07_svm.root
+    root = RUNS[v].downstream.voc07_svm.root
     if root is None:  # the generated scenes: their folder is the input
         return []
     lists = [
@@ -210,10 +207,11 @@ def label_files(variant):
 def scores():
     """Every downstream result of every model."""
     return unique(
-        found(f"voc07_svm {model}", v)
-        for v in VARIANTS
+        found(f"voc07_svm {MODELS[model]}", v)
+        for v in RUNS
         if labels(v)
-        for model in MODELS
+        for model in RUNS[v].measure
+        if model in MODELS
     )
 
 
@@ -234,22 +232,24 @@ def holds_boxes(file):
         return False
 
 
-def recalls():
-    """Recall of the proposals of every variant, where there are objects to find."""
-    return unique(found("proposals_recall", v) for v in VARIANTS if objects())
+def measured(stage):
+    """Results about stage 2's boxes or pairs, of every run that wants them, where there are objects to compare with."""
+    return unique(
+        found(stage, v) for v in RUNS if "pairs" in RUNS[v].measure and objects()
+    )
 
 
-for name in VARIANTS:
+for name in RUNS:
     if given(name) and not Path(given(name)).is_file():
         stop(
             f"config: stage1.weights: {given(name)!r} is no file; name a file of weights."
         )
-    root = VARIANTS[name].downstream.voc07_svm.root
+    root = RUNS[name].downstream.voc07_svm.root
     if root and not Path(root).is_dir():
         stop(
             f"config: downstream.voc07_svm.root: {root!r} is no folder; set it to the labelled photos."
         )
-if not any(map(labels, VARIANTS)):
+if not any(map(labels, RUNS)):
     print(
         "orl: voc07_svm is left out: downstream.voc07_svm.root is not given",
         file=sys.stderr,
@@ -257,7 +257,7 @@ if not any(map(labels, VARIANTS)):
 
 
 wildcard_constraints:
-    v="(-[A-Za-z0-9_]+)?",
+    v=r"(-[A-Za-z0-9_]+)?(\.seed\d+)?",
     model="random|stage1|orl",
     shard=r"\d{4}-of-\d{4}",
     merged="embeddings|proposals|correspondences",
@@ -270,7 +270,7 @@ onstart:
         {
             place(stage, owner(stage, v)): digest(stage, v)
             for stage in UPSTREAM
-            for v in VARIANTS
+            for v in RUNS
         }
     )
     artifacts.write_json(LEDGER, HELD)

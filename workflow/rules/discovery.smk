@@ -94,7 +94,7 @@ rule correspond:
         manifest=of("manifest"),
         neighbors=of("neighbors"),
         proposals=of("proposals"),
-        rois=lambda wildcards: shards("rois", variant_of(wildcards)),
+        rois=lambda wildcards: shards("rois", wildcards.v),
     output:
         f"{RESULTS}/discovery{{v}}/correspondences/{{shard}}.h5",
     log:
@@ -114,7 +114,7 @@ rule correspond:
 
 rule merge:
     input:
-        lambda wildcards: shards(wildcards.merged, variant_of(wildcards)),
+        lambda wildcards: shards(wildcards.merged, wildcards.v),
     output:
         f"{RESULTS}/discovery{{v}}/{{merged}}.h5",
     log:

@@ -2,7 +2,7 @@ rule voc07_svm:
     input:
         backbone=evaluated,
         photos=ROOT if SCENES else [],
-        labels=lambda wildcards: label_files(variant_of(wildcards)),
+        labels=lambda wildcards: label_files(wildcards.v),
     output:
         f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
     log:
@@ -15,7 +15,7 @@ rule voc07_svm:
     params:
         settings=decides("voc07_svm"),
         version=settings.RESULT_VERSION["voc07_svm"],
-        labels=lambda wildcards: labels(variant_of(wildcards)),
+        labels=lambda wildcards: labels(wildcards.v),
     shell:
         "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
         "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "
@@ -41,3 +41,25 @@ rule proposals_recall:
         "orl evaluate proposals --settings {params.settings:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --annotations {params.annotations:q} --name proposals{wildcards.v} "
         "--output {output:q} 2>&1 | tee {log:q}"
+
+
+rule pair_precision:
+    input:
+        manifest=of("manifest"),
+        proposals=of("proposals"),
+        correspondences=of("correspondences"),
+        annotations=ROOT if SCENES else objects(),
+    output:
+        f"{RESULTS}/downstream/pairs{{v}}.json",
+    log:
+        f"{RESULTS}/logs/pair_precision{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pair_precision{{v}}.tsv"
+    params:
+        settings=decides("pair_precision"),
+        version=settings.RESULT_VERSION["pair_precision"],
+        annotations=lambda _: objects(),
+    shell:
+        "orl evaluate pairs --settings {params.settings:q} --manifest {input.manifest:q} "
+        "--proposals {input.proposals:q} --correspondences {input.correspondences:q} "
+        "--annotations {params.annotations:q} --name pairs{wildcards.v} --output {output:q} 2>&1 | tee {log:q}"

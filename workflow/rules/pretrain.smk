@@ -28,7 +28,7 @@ rule random:
 
 rule stage1:
     input:
-        lambda wildcards: given(variant_of(wildcards)) or of("manifest")(wildcards),
+        lambda wildcards: given(wildcards.v) or of("manifest")(wildcards),
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
@@ -40,13 +40,13 @@ rule stage1:
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         **LIMITS,
-        gpu=lambda wildcards: 0 if given(variant_of(wildcards)) else COMPUTE.gpus,
+        gpu=lambda wildcards: 0 if given(wildcards.v) else COMPUTE.gpus,
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
         photos=lambda wildcards, input: (
             []
-            if given(variant_of(wildcards))
+            if given(wildcards.v)
             else ["--root", ROOT, "--manifest", *input]
         ),
     shell:

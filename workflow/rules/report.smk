@@ -2,13 +2,9 @@ rule report:
     input:
         manifest=found("manifest"),
         rejected=f"{RESULTS}/rejected.csv",
-        metrics=unique(
-            f"{found(stage, v)}/metrics.csv"
-            for stage in ("stage1", "stage3")
-            for v in VARIANTS
-        ),
+        metrics=trained("metrics.csv"),
         scores=scores(),
-        recalls=recalls(),
+        recalls=measured("proposals_recall"),
         neighbors=found("neighbors"),
         proposals=found("proposals"),
         correspondences=found("correspondences"),
