@@ -139,12 +139,21 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         args.metrics,
         args.scores,
         args.recalls,
-        args.neighbors,
-        args.proposals,
-        args.correspondences,
+        args.pairs,
+        _stage2(args),
         config.data.exif,
         args.output,
     )
+
+
+def _stage2(args: argparse.Namespace) -> tuple[str, str, str] | None:
+    """The three files of stage 2, or None. Raises InputError where some are given without the others."""
+    files = {name: getattr(args, name) for name in ("neighbors", "proposals", "correspondences")}
+    given = [name for name, file in files.items() if file is not None]
+    missing = [name for name, file in files.items() if file is None]
+    if given and missing:
+        raise InputError(f"--{given[0]} needs --{missing[0]}; name all of stage 2's files or none.")
+    return None if missing else (args.neighbors, args.proposals, args.correspondences)
 
 
 def _given(args: argparse.Namespace, name: str) -> str:
@@ -341,15 +350,15 @@ def parser() -> argparse.ArgumentParser:
         ROOT,
         MANIFEST,
         ("--rejected", "FILE", "rejected.csv, made by `orl manifest`"),
-        ("--neighbors", "FILE", "neighbors.h5"),
-        PROPOSALS,
-        ("--correspondences", "FILE", "correspondences.h5"),
         output="HTML page to write",
         settings=["data.exif"],
     )
-    sub.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.csv of each trained model")
+    for name in ("neighbors", "proposals", "correspondences"):
+        sub.add_argument(f"--{name}", metavar="FILE", help=f"{name}.h5 (all three of stage 2, or none of it)")
+    sub.add_argument("--metrics", nargs="*", default=[], metavar="FILE", help="metrics.csv of each trained model")
     sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate voc07_svm`")
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
+    sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     return whole
 
 

@@ -5,7 +5,7 @@ Charts hold no text but numbers and fixed words: names stand in HTML legends, wh
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from orl.data.decode import Photo, resize_crop
+from orl.report.repeats import Mean
 
 # Okabe and Ito's colours, told apart with any colour vision; without their yellow, which is faint on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -128,8 +129,8 @@ def pair(
     return Drawing((pictures[0], pictures[1]), (places[0], places[1]), width, height, matches)
 
 
-def lines(series: Sequence[Line], ylabel: str, alt: str) -> Picture:
-    """A chart of lines by epoch, in the styles of `styles`; of long lines, evenly spaced points."""
+def lines(series: Sequence[Line], ylabel: str, alt: str, xlabel: str = "epoch") -> Picture:
+    """A chart of lines by a whole number, in the styles of `styles`; of long lines, evenly spaced points."""
 
     def draw(axes: Any) -> None:
         for style, line in zip(styles([line.name for line in series]), series, strict=True):
@@ -144,11 +145,30 @@ def lines(series: Sequence[Line], ylabel: str, alt: str) -> Picture:
                 marker="o" if len(kept) <= 20 else None,  # a single point draws no line
                 markersize=3,
             )
-        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
     return _chart(draw, alt)
+
+
+def dots(rows: Mapping[int, tuple[Sequence[float], Mean]], chance: Sequence[float], xlabel: str, alt: str) -> Picture:
+    """A chart of numbered rows, the first on top: of each the mean and, below it, small dots for several values.
+
+    The mean's bar is two standard errors to either side; `chance`: where dashed lines stand.
+    """
+
+    def draw(axes: Any) -> None:
+        for value in chance:
+            axes.axvline(value, color=COLORS[-1], linewidth=1, linestyle="--")
+        for row, (values, mean) in enumerate(rows.values()):
+            if len(values) > 1:
+                axes.plot(values, [row + 0.25] * len(values), "o", color=COLORS[1], markersize=3, markeredgewidth=0)
+            axes.errorbar(mean.value, row - 0.1, xerr=2 * mean.error, fmt="o", color=COLORS[0], markersize=5, capsize=3)
+        axes.set(xlabel=xlabel, ylabel="model", ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), labels=[str(number) for number in rows])
+
+    return _chart(draw, alt, height=0.8 + 0.3 * max(3, len(rows)))
 
 
 def recalls(variants: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], alt: str) -> Picture:
@@ -188,20 +208,20 @@ def histogram(values: np.ndarray, xlabel: str, ylabel: str, alt: str) -> Picture
     return _chart(draw, alt)
 
 
-def _chart(draw: Any, alt: str) -> Picture:
-    """What `draw` puts on empty axes, as SVG that is the same for the same data."""
+def _chart(draw: Any, alt: str, height: float = 2.5) -> Picture:
+    """What `draw` puts on empty axes of so many inches, as SVG that is the same for the same data."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's matplotlibrc
         matplotlib.rcParams.update({"svg.hashsalt": "orl", "axes.spines.top": False, "axes.spines.right": False})
-        figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+        figure = Figure(figsize=(3.8, height), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         draw(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    width, height = figure.get_size_inches() * 96
-    return Picture(_uri("image/svg+xml", buffer.getvalue()), round(width), round(height), alt)
+    size = figure.get_size_inches() * 96
+    return Picture(_uri("image/svg+xml", buffer.getvalue()), round(size[0]), round(size[1]), alt)
 
 
 def _rounded(*values: float) -> tuple[float, ...]:

@@ -4,9 +4,12 @@ Photos are shown reduced and in bounded numbers, so that the page of any run sta
 """
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,6 +19,7 @@ from orl.data import decode
 from orl.data.manifest import load
 from orl.report import figures
 from orl.report.figures import Drawing, Line, Picture, Style
+from orl.report.repeats import Mean, arm_of, by_arm, mean
 
 SEED = 0  # of what is sampled to be shown
 QUERIES, NEIGHBORS = 8, 5  # of the gallery
@@ -24,7 +28,8 @@ MATCHES = 3  # RoI pairs drawn on a photo pair
 SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, gallery
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
-CHARTS = 12  # loss charts, one per model
+CHARTS = 12  # at most: of losses, one per model; of pairs' precision
+FEW = 3  # models whose scores need no chart
 ORDER = ("random", "stage1", "orl")  # models that come first
 TITLES = {"voc07_svm": "VOC07 linear SVM"}
 METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
@@ -39,23 +44,46 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A figure with its heading and legend: what the lines are, or what the numbered rows are."""
+
+    title: str
+    picture: Picture
+    legend: list[Style]
+    note: str = ""
+    rows: Sequence[str] = ()  # number and name
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mAP of a model, over its seeds."""
+
+    model: str
+    seeds: int
+    score: Cell
+    changes: list[str]  # against each of the task's references
+    chance: str
+
+
+@dataclass(frozen=True)
 class Task:
     """The scores of all models in one downstream task."""
 
     title: str
-    base: str  # the stage-1 model that others are compared with; empty: there is none
-    rows: list[tuple[str, Cell, str, str]]  # model, mAP, change against base, chance
-    models: list[str]
+    references: list[str]  # the models that others are compared with
+    rows: list[Score]
     classes: list[tuple[str, list[Cell]]]  # AP of every class, by model
     left_out: list[tuple[str, str]]  # class, reason
     notes: list[str]
+    charts: list[Chart]
 
 
 @dataclass(frozen=True)
 class Recall:
-    """How many annotated objects the proposals of a variant find."""
+    """How many annotated objects the proposals of a variant find, over its seeds."""
 
     name: str
+    seeds: int
     method: str
     long_side: str
     boxes: str  # per photo
@@ -63,17 +91,17 @@ class Recall:
     large_objects: str
     cells: list[str]  # recall of all and of large objects, each at IoU 0.5 and 0.7, by all boxes kept
     kept: np.ndarray
-    large: tuple[np.ndarray, np.ndarray]  # recall of large objects by number kept, at IoU 0.5 and 0.7
+    large: tuple[np.ndarray, np.ndarray]  # of the first seed: recall of large objects by number kept, at either IoU
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A figure with its heading and legend."""
+class Precision:
+    """How many RoI pairs of a variant show the same class, over its seeds."""
 
-    title: str
-    picture: Picture
-    legend: list[Style]
-    note: str = ""
+    name: str
+    seeds: int
+    cells: list[str]
+    chart: Chart  # of the first seed
 
 
 @dataclass(frozen=True)
@@ -101,41 +129,26 @@ def report(
     metrics_paths: Sequence[str],
     scores_paths: Sequence[str],
     recalls_paths: Sequence[str],
-    neighbors_path: str,
-    proposals_path: str,
-    correspondences_path: str,
+    pairs_paths: Sequence[str],
+    stage2_paths: tuple[str, str, str] | None,
     exif: decode.Exif,
     output: str,
 ) -> None:
     """Write the page of a run.
 
+    `stage2_paths`: its neighbors, proposals and correspondences; None: the page shows none of them.
     A model's curves go by the name of the folder that holds its metrics.csv. Same inputs, same bytes.
     Raises InputError, having written nothing, where a file is missing or does not belong to the others.
     """
     manifest = artifacts.read_manifest(manifest_path)
     rejected = _read_csv(rejected_path, artifacts.REJECTED_COLUMNS, "run `orl manifest` again")
-    neighbors = artifacts.read_neighbors(neighbors_path)
-    proposals = artifacts.read_proposals(proposals_path)
-    pairs = artifacts.read_correspondences(correspondences_path)
-    for path, found in (
-        (neighbors_path, len(neighbors.index)),
-        (proposals_path, len(proposals.box_offsets) - 1),
-        (correspondences_path, len(pairs.neighbor)),
-    ):
-        artifacts.check_rows(path, found, len(manifest), manifest_path)
-    artifacts.check_input(correspondences_path, "neighbors", artifacts.fingerprint(neighbors_path))
-    artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
 
     def photo(row: int) -> decode.Photo:
         return load(root, manifest, row, exif)
 
-    rng = np.random.default_rng(SEED)
-    queries = rng.choice(len(manifest), min(QUERIES, len(manifest)), replace=False)
-    sampled = np.sort(rng.choice(len(manifest), min(SAMPLE, len(manifest)), replace=False))
-    entries, similarity = _pair_similarities(pairs, sampled)
-    index_recall = artifacts.attributes(neighbors_path).get("recall")
     tasks = _tasks(scores_paths)
     recalls = _recalls(recalls_paths)
+    precisions = _precisions(pairs_paths)
     context = {
         "run_name": run_name,
         "version": __version__,
@@ -145,12 +158,15 @@ def report(
         "rejected_count": len(rejected),
         "tasks": tasks,
         "curves": _curves(metrics_paths),
-        "index_recall": index_recall and f"{100 * float(index_recall):.2f} %",
-        "queries": _gallery(queries, neighbors, manifest, photo),
-        "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
         "recalls": recalls,
         "recall_chart": _recall_chart(recalls),
-        "histograms": _histograms(proposals, similarity, len(sampled), len(manifest)),
+        "precisions": precisions,
+        "precision_charts": [one.chart for one in precisions[:CHARTS]],
+        "index_recall": None,
+        "queries": [],
+        "pair_groups": [],
+        "histograms": [],
+        **(_discovery(*stage2_paths, manifest_path, manifest, photo) if stage2_paths else {}),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -158,9 +174,12 @@ def report(
     )
     artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
     for task in tasks:
-        for model, score, change, chance in task.rows:
-            compared = f"{change} against {task.base}, " if change else ""
-            print(f"{task.title}: {model}: mAP {score.text} ({compared}chance {chance})")
+        for row in task.rows:
+            changes = zip(row.changes, task.references, strict=True)
+            said = [f"{row.seeds} seeds"] if row.seeds > 1 else []
+            said += [f"{change} against {reference}" for change, reference in changes if change]
+            said += [f"chance {row.chance}"] if row.chance else []
+            print(f"{task.title}: {row.model}: mAP {row.score.text}" + (f" ({', '.join(said)})" if said else ""))
     print(f"page: {output}")
 
 
@@ -180,8 +199,17 @@ def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, s
     return rows
 
 
-def _rank(model: str) -> tuple[int, str]:
-    return (ORDER.index(model) if model in ORDER else len(ORDER), model)
+def _rank(model: str) -> tuple[int, str, int]:
+    arm, seed = arm_of(model)
+    return (ORDER.index(arm) if arm in ORDER else len(ORDER), arm, seed)
+
+
+def _given_once(path: str, result: dict, found: Iterable[str]) -> str:
+    """The model of a result, which is not in `found`: given twice, it would count as a repeat. Raises InputError."""
+    model = str(result["model"])
+    if model in found:
+        raise InputError(f"{path}: model {model!r} of {result['task']} is given twice; name one file of each.")
+    return model
 
 
 # Scores
@@ -191,76 +219,116 @@ def _tasks(paths: Sequence[str]) -> list[Task]:
     found: dict[str, dict[str, dict]] = {}  # task -> model -> result
     for path in paths:
         result = artifacts.read_results(path)
-        model, models = str(result["model"]), found.setdefault(str(result["task"]), {})
+        models = found.setdefault(str(result["task"]), {})
         if not isinstance(result["metrics"], dict) or not isinstance(result["metrics"].get("mAP"), (int, float)):
             raise InputError(f"{path}: holds no mAP; evaluate again.")
-        if model in models:
-            raise InputError(f"{path}: model {model!r} of {result['task']} is given twice; name one file of each.")
-        models[model] = result
+        models[_given_once(path, result, models)] = result
     return [_task(name, models) for name, models in sorted(found.items())]
 
 
 def _task(name: str, results: dict[str, dict]) -> Task:
-    models = sorted(results, key=_rank)
-    metrics = [results[model]["metrics"] for model in models]
-    base = next((model for model in models if model.split("-")[0] == "stage1"), "")
-    rows = []
-    for model, one, cell in zip(models, metrics, _cells([one["mAP"] for one in metrics]), strict=True):
-        # \N{MINUS SIGN} is as wide as the plus sign
-        change = ""
-        if base and model != base:
-            change = f"{one['mAP'] - results[base]['metrics']['mAP']:+.2f}".replace("-", "\N{MINUS SIGN}")
-        chance = one.get("chance_mAP")
-        rows.append((model, cell, change, "" if chance is None else f"{chance:.2f}"))
-    classes = list(dict.fromkeys(label for one in metrics for label in one.get("AP", {})))
+    arms = {
+        arm: [results[model]["metrics"] for model in models]
+        for arm, models in by_arm(sorted(results, key=_rank)).items()
+    }
+    scores = {arm: mean([one["mAP"] for one in repeats]) for arm, repeats in arms.items()}
+    base = next((arm for arm in arms if arm.split("-")[0] == "stage1"), None)
+    own = next((arm for arm in arms if arm.startswith("orl")), None)  # a plain orl ranks first
+    references = [arm for arm in (base, own) if arm is not None and len(arms) > 1]
+    rows, chances = [], {}
+    for (arm, repeats), cell in zip(arms.items(), _cells(list(scores.values())), strict=True):
+        changes = [scores[arm].minus(scores[other]).text(2, sign=True) if arm != other else "" for other in references]
+        chance = [one["chance_mAP"] for one in repeats if one.get("chance_mAP") is not None]
+        if chance:
+            chances[arm] = f"{mean(chance).value:.2f}"
+        rows.append(Score(arm, len(repeats), cell, changes, chances.get(arm, "")))
+    classes = []
+    for label in dict.fromkeys(label for repeats in arms.values() for one in repeats for label in one.get("AP", {})):
+        given = [[one.get("AP", {}).get(label) for one in repeats] for repeats in arms.values()]
+        values = [[value for value in arm if value is not None] for arm in given]
+        classes.append((label, _cells([Mean(mean(some).value) if some else None for some in values])))
     left_out: dict[str, str] = {}
-    for one in metrics:
-        left_out.update(one.get("classes_left_out", {}))
-    return Task(
-        TITLES.get(name, name),
-        base,
-        rows,
-        models,
-        [(label, _cells([one.get("AP", {}).get(label) for one in metrics])) for label in classes],
-        sorted(left_out.items()),
-        _notes(models, results),
-    )
+    for repeats in arms.values():
+        for one in repeats:
+            left_out.update(one.get("classes_left_out", {}))
+    charts = _score_charts(arms, scores, sorted(set(chances.values())))
+    return Task(TITLES.get(name, name), references, rows, classes, sorted(left_out.items()), _notes(results), charts)
 
 
-def _cells(values: Sequence[float | None]) -> list[Cell]:
+def _score_charts(arms: dict[str, list[dict]], scores: dict[str, Mean], chance: list[str]) -> list[Chart]:
+    """Where there are repeats or more than a few models: the mAP of all, then closer, that of the trained ones."""
+    repeated = any(len(repeats) > 1 for repeats in arms.values())
+    if len(arms) <= FEW and not repeated:
+        return []
+
+    def chart(title: str, drawn: list[str], dashed: list[str]) -> Chart:
+        numbers = {number: arm for number, arm in enumerate(arms, 1) if arm in drawn}
+        rows = {number: ([one["mAP"] for one in arms[arm]], scores[arm]) for number, arm in numbers.items()}
+        alt = f"{title}, in percent: " + "; ".join(f"{arm} {scores[arm].text(2)}" for arm in drawn)
+        notes = ["Bars: ± 2 standard errors; small dots: seeds."] if repeated else []
+        notes += ["Dashed: chance."] if dashed else []
+        picture = figures.dots(rows, [float(value) for value in dashed], "mAP, percent", alt)
+        return Chart(title, picture, [], " ".join(notes), [f"{number}: {arm}" for number, arm in numbers.items()])
+
+    trained = [arm for arm in arms if arm.split("-")[0] != "random"]
+    charts = [chart("mAP", list(arms), chance)]
+    if len(trained) > 1:
+        charts.append(chart("mAP of trained models", trained, []))
+    return charts
+
+
+def _cells(means: Sequence[Mean | None]) -> list[Cell]:
     """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
-    given = [round(value, 2) for value in values if value is not None]
+    given = [round(one.value, 2) for one in means if one is not None]
     best = max(given) if len(given) > 1 else None
-    return [Cell("–") if v is None else Cell(f"{v:.2f}", round(v, 2) == best) for v in values]
+    return [Cell("–") if one is None else Cell(one.text(2), round(one.value, 2) == best) for one in means]
 
 
-def _notes(models: list[str], results: dict[str, dict]) -> list[str]:
+def _notes(results: dict[str, dict]) -> list[str]:
     """What the scores were measured on, and which fits did not converge."""
     on: dict[str, list[str]] = {}
-    for model in models:
-        data = results[model]["data"]
-        if isinstance(data, dict) and {"root", "train", "test", "train_split", "test_split"} <= set(data):
-            text = "{train} photos of {train_split} to train, {test} of {test_split} to test, in {root}".format(**data)
-            on.setdefault(text, []).append(model)
-    notes = [f"{text}." for text in on] if len(on) == 1 else [f"{', '.join(who)}: {text}." for text, who in on.items()]
-    if len(on) > 1:
-        notes.append("The models were measured on different data: their scores cannot be compared.")
-    for model in models:
-        fits, failed = (results[model]["metrics"].get(key, 0) for key in ("fits", "not_converged"))
+    notes = []
+    for arm, models in by_arm(sorted(results, key=_rank)).items():
+        for model in models:
+            data = results[model]["data"]
+            if isinstance(data, dict) and {"root", "train", "test", "train_split", "test_split"} <= set(data):
+                text = "{train} photos of {train_split} to train, {test} of {test_split} to test, in {root}"
+                on.setdefault(text.format(**data), []).append(model)
+        fits, failed = (
+            sum(results[model]["metrics"].get(key, 0) for model in models) for key in ("fits", "not_converged")
+        )
         if failed:
-            notes.append(f"{model}: {failed:,} of {fits:,} SVM fits stopped before they converged.")
-    return notes
+            notes.append(f"{arm}: {failed:,} of {fits:,} SVM fits stopped before they converged.")
+    if len(on) == 1:
+        return [f"{text}." for text in on] + notes
+    different = [f"{_together(who, results)}: {text}." for text, who in on.items()]
+    if different:
+        different.append("The models were measured on different data: their scores cannot be compared.")
+    return different + notes
+
+
+def _together(models: Iterable[str], among: Iterable[str]) -> str:
+    """The names of models; of an arm all of whose models are there, the arm's."""
+    whole = by_arm(among)
+    return ", ".join(
+        name
+        for arm, repeats in by_arm(models).items()
+        for name in ([arm] if len(repeats) == len(whole[arm]) else repeats)
+    )
 
 
 # Training
 
 
 def _curves(paths: Sequence[str]) -> list[Chart]:
-    """A loss chart per model, then feature spread and learning rate of all."""
-    models = sorted(((Path(path).resolve().parent.name, _metrics(path)) for path in paths), key=lambda m: _rank(m[0]))
-    models = [(name, columns) for name, columns in models if len(columns["epoch"])]
+    """A loss chart per model, then feature spread and learning rate of all; of repeats, only the first is drawn."""
+    found = sorted(((Path(path).resolve().parent.name, _metrics(path)) for path in paths), key=lambda m: _rank(m[0]))
+    found = [(name, columns) for name, columns in found if len(columns["epoch"])]
+    firsts = {repeats[0]: len(set(repeats)) for repeats in by_arm(name for name, _ in found).values()}
+    models = [(name, columns) for name, columns in found if name in firsts]
     if not models:
         return []
+    others = "Other seeds are not drawn."
     charts = []
     for name, columns in models[:CHARTS]:
         parts = [column for column in columns if column.startswith("loss_")]
@@ -269,21 +337,23 @@ def _curves(paths: Sequence[str]) -> list[Chart]:
             lines.append(Line("total", columns["epoch"], columns["loss"]))
         epoch, loss = columns["epoch"], columns["loss"]
         alt = f"Loss of {name} by epoch: {loss[0]:.2f} in epoch {epoch[0]:.0f}, {loss[-1]:.2f} in epoch {epoch[-1]:.0f}"
-        charts.append(_line_chart(f"Loss of {name}", lines, "loss", alt))
-    more = len(models) - CHARTS
-    rest = f"{more} more models are not drawn." if more > 0 else ""
+        charts.append(_line_chart(f"Loss of {name}", lines, "loss", alt, others if firsts[name] > 1 else ""))
+    rest = [f"{len(models) - CHARTS} more models are not drawn."] if len(models) > CHARTS else []
+    rest += [others] if max(firsts.values()) > 1 else []
     for column, title, label, note in (
-        ("feature_std", "Spread of the features", "standard deviation", "1: evenly spread; 0: collapsed. "),
-        ("lr", "Learning rate", "learning rate", ""),
+        ("feature_std", "Spread of the features", "standard deviation", ["1: evenly spread; 0: collapsed."]),
+        ("lr", "Learning rate", "learning rate", []),
     ):
         lines = [Line(name, columns["epoch"], columns[column]) for name, columns in models[:CHARTS]]
         last = "; ".join(f"{line.name} {line.y[-1]:.2g}" for line in lines)
-        charts.append(_line_chart(title, lines, label, f"{title} by epoch; in the last epoch: {last}", note + rest))
+        alt = f"{title} by epoch; in the last epoch: {last}"
+        charts.append(_line_chart(title, lines, label, alt, " ".join(note + rest)))
     return charts
 
 
-def _line_chart(title: str, lines: list[Line], ylabel: str, alt: str, note: str = "") -> Chart:
-    return Chart(title, figures.lines(lines, ylabel, alt), figures.styles([line.name for line in lines]), note)
+def _line_chart(title: str, lines: list[Line], ylabel: str, alt: str, note: str = "", xlabel: str = "epoch") -> Chart:
+    legend = figures.styles([line.name for line in lines])
+    return Chart(title, figures.lines(lines, ylabel, alt, xlabel), legend, note)
 
 
 def _metrics(path: str) -> dict[str, np.ndarray]:
@@ -297,6 +367,39 @@ def _metrics(path: str) -> dict[str, np.ndarray]:
 
 
 # Discovery
+
+
+def _discovery(
+    neighbors_path: str,
+    proposals_path: str,
+    correspondences_path: str,
+    manifest_path: str,
+    manifest: artifacts.Manifest,
+    photo: Callable[[int], decode.Photo],
+) -> dict[str, Any]:
+    """What the page shows of stage 2's files. Raises InputError where they do not belong together."""
+    neighbors = artifacts.read_neighbors(neighbors_path)
+    proposals = artifacts.read_proposals(proposals_path)
+    pairs = artifacts.read_correspondences(correspondences_path)
+    for path, found in (
+        (neighbors_path, len(neighbors.index)),
+        (proposals_path, len(proposals.box_offsets) - 1),
+        (correspondences_path, len(pairs.neighbor)),
+    ):
+        artifacts.check_rows(path, found, len(manifest), manifest_path)
+    artifacts.check_input(correspondences_path, "neighbors", artifacts.fingerprint(neighbors_path))
+    artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
+    rng = np.random.default_rng(SEED)
+    queries = rng.choice(len(manifest), min(QUERIES, len(manifest)), replace=False)
+    sampled = np.sort(rng.choice(len(manifest), min(SAMPLE, len(manifest)), replace=False))
+    entries, similarity = _pair_similarities(pairs, sampled)
+    index_recall = artifacts.attributes(neighbors_path).get("recall")
+    return {
+        "index_recall": index_recall and f"{100 * float(index_recall):.2f} %",
+        "queries": _gallery(queries, neighbors, manifest, photo),
+        "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
+        "histograms": _histograms(proposals, similarity, len(sampled), len(manifest)),
+    }
 
 
 def _gallery(
@@ -378,54 +481,6 @@ def _pair_groups(
     ]
 
 
-def _recalls(paths: Sequence[str]) -> list[Recall]:
-    """The results of `orl evaluate proposals`. Raises InputError."""
-    found = []
-    for path in paths:
-        result = artifacts.read_results(path)
-        try:
-            metrics, settings, data = result["metrics"], result["settings"], result["data"]
-            curves = {
-                name: [np.array(metrics["recall"][name][iou], float) for iou in ("0.5", "0.7")]
-                for name in ("all", "large")
-            }
-            made_with = settings["made_with"].get("proposals", {})
-            method = made_with.get("method", "fast")
-            searched = method in ("fast", "quality")
-            long_side = made_with.get("long_side") or "full size"
-            ends = [line[-1] for lines in curves.values() for line in lines]
-            found.append(
-                Recall(
-                    str(result["model"]),
-                    method,
-                    str(long_side) if searched else "–",
-                    f"{metrics['boxes_per_photo']:.1f}",
-                    f"{data['objects']:,}",
-                    f"{data['large_objects']:,} (≥ {settings['proposals']['min_size']} px)",
-                    ["–" if np.isnan(end) else f"{100 * end:.1f}" for end in ends],
-                    np.array(metrics["kept"]),
-                    (curves["large"][0], curves["large"][1]),
-                )
-            )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: is no result of `orl evaluate proposals` ({error}); evaluate again.") from None
-    return found
-
-
-def _recall_chart(found: list[Recall]) -> list[Chart]:
-    """Recall of large objects by number of boxes kept, of as many variants as there are colours."""
-    drawn = found[: len(figures.COLORS)]
-    if not drawn:
-        return []
-    legend = [Style(one.name, color) for one, color in zip(drawn, figures.COLORS, strict=False)]
-    ends = "; ".join(f"{one.name} {one.cells[2]} and {one.cells[3]} %" for one in drawn)
-    alt = f"Recall of large objects by number of boxes kept; of all boxes, at IoU 0.5 and 0.7: {ends}"
-    more = len(found) - len(drawn)
-    note = "Solid: IoU 0.5, dashed: IoU 0.7." + (f" {more} more variants are not drawn." if more > 0 else "")
-    picture = figures.recalls([(one.kept, *one.large) for one in drawn], alt)
-    return [Chart("Recall of large objects", picture, legend, note)]
-
-
 def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled: int, photos: int) -> list[Chart]:
     boxes = np.diff(np.asarray(proposals.box_offsets))
     note = f"{len(boxes):,} photos: {boxes.mean():.1f} boxes on average, {boxes.min()} to {boxes.max()}."
@@ -438,3 +493,110 @@ def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled:
         picture = figures.histogram(similarity, "cosine similarity", "RoI pairs", f"Histogram of similarities. {note}")
         charts.append(Chart("Similarity of RoI pairs", picture, [], note))
     return charts
+
+
+# Measurements of stage 2
+
+
+@contextmanager
+def _result_of(path: str, task: str) -> Iterator[None]:
+    """InputError for what goes wrong in the body because `path` is no result of `orl evaluate TASK`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is no result of `orl evaluate {task}` ({error}); evaluate again.") from None
+
+
+def _recalls(paths: Sequence[str]) -> list[Recall]:
+    """The results of `orl evaluate proposals`, by arm. Raises InputError."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        result = artifacts.read_results(path)
+        model = _given_once(path, result, found)
+        with _result_of(path, "proposals"):
+            metrics, settings, data = result["metrics"], result["settings"], result["data"]
+            curves = [
+                np.array(metrics["recall"][name][iou], float) for name in ("all", "large") for iou in ("0.5", "0.7")
+            ]
+            made_with = settings["made_with"].get("proposals", {})
+            found[model] = {
+                "method": made_with.get("method", "fast"),
+                "long_side": made_with.get("long_side") or "full size",
+                "boxes": float(metrics["boxes_per_photo"]),
+                "objects": f"{data['objects']:,}",
+                "large_objects": f"{data['large_objects']:,} (≥ {settings['proposals']['min_size']} px)",
+                "ends": [100 * line[-1] for line in curves],
+                "kept": np.array(metrics["kept"]),
+                "large": (curves[2], curves[3]),
+            }
+    recalls = []
+    for arm, models in by_arm(found).items():
+        repeats = [found[model] for model in models]
+        first = repeats[0]
+        recalls.append(
+            Recall(
+                arm,
+                len(repeats),
+                first["method"],
+                str(first["long_side"]) if first["method"] in ("fast", "quality") else "–",
+                mean([one["boxes"] for one in repeats]).text(1),
+                first["objects"],
+                first["large_objects"],
+                [mean(ends).text(1) for ends in zip(*(one["ends"] for one in repeats), strict=True)],
+                first["kept"],
+                first["large"],
+            )
+        )
+    return recalls
+
+
+def _recall_chart(found: list[Recall]) -> list[Chart]:
+    """Recall of large objects by number of boxes kept, of as many variants as there are colours."""
+    drawn = found[: len(figures.COLORS)]
+    if not drawn:
+        return []
+    legend = [Style(one.name, color) for one, color in zip(drawn, figures.COLORS, strict=False)]
+    ends = "; ".join(f"{one.name} {one.cells[2]} and {one.cells[3]} %" for one in drawn)
+    alt = f"Recall of large objects by number of boxes kept; of all boxes, at IoU 0.5 and 0.7: {ends}"
+    more = len(found) - len(drawn)
+    note = "Solid: IoU 0.5, dashed: IoU 0.7." + (f" {more} more variants are not drawn." if more > 0 else "")
+    note += " Other seeds are not drawn." if any(one.seeds > 1 for one in found) else ""
+    picture = figures.recalls([(one.kept, *one.large) for one in drawn], alt)
+    return [Chart("Recall of large objects", picture, legend, note)]
+
+
+def _precisions(paths: Sequence[str]) -> list[Precision]:
+    """The results of `orl evaluate pairs`, by arm. Raises InputError."""
+    found: dict[str, tuple[list[float], list[Line]]] = {}
+    for path in paths:
+        result = artifacts.read_results(path)
+        model = _given_once(path, result, found)
+        with _result_of(path, "pairs"):
+            metrics = result["metrics"]
+            right, same, other, on_object = (
+                100 * float(metrics[key]) for key in ("precision", "random_rois", "random_photos", "on_object")
+            )
+            times = right / other if other else math.nan
+            neighbors = np.array(metrics["neighbors"], int)
+            names = [f"{100 * share:g} %" for share in metrics["shares"]] + ["random boxes"]
+            by_neighbors = [*metrics["by_neighbors"], metrics["random_rois_by_neighbors"]]
+            curves = [100 * np.array(curve, float) for curve in by_neighbors]
+            if not len(neighbors) or any(curve.shape != neighbors.shape for curve in curves):
+                raise ValueError("neighbors and precisions differ in number")
+            lines = [Line(name, neighbors, curve) for name, curve in zip(names, curves, strict=True)]
+            found[model] = [float(metrics["pairs"]), right, same, other, times, on_object], lines
+    precisions = []
+    for arm, models in by_arm(found).items():
+        means = [mean(values) for values in zip(*(found[model][0] for model in models), strict=True)]
+        cells = [
+            f"{means[0].value:,.0f}",
+            *(one.text(digits) for one, digits in zip(means[1:], (2, 2, 2, 2, 1), strict=True)),
+        ]
+        lines = found[models[0]][1]
+        ends = "; ".join(f"{line.name} {line.y[-1]:.2f}" for line in lines)
+        alt = f"Precision of {arm} in percent, by number of neighbours; of all neighbours: {ends}"
+        note = "A line for each share: of two photos, the most similar pairs, as many as this share of the boxes."
+        note += " Other seeds are not drawn." if len(models) > 1 else ""
+        chart = _line_chart(f"Precision of {arm}", lines, "precision, percent", alt, note, "neighbours")
+        precisions.append(Precision(arm, len(models), cells, chart))
+    return precisions

@@ -1,5 +1,7 @@
 import base64
 import io
+import math
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orl import InputError, artifacts
+from orl import InputError, artifacts, cli
 from orl.report import figures
-from orl.report.page import QUERIES, report
+from orl.report.page import CHARTS, QUERIES, report
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
 VOID = {"meta", "img", "link", "br", "wbr", "input"}
@@ -78,8 +80,16 @@ class Page(HTMLParser):
     def table(self, first: str) -> list[list[str]]:
         """The rows of the table whose first heading is `first`."""
         start = next(i for i, row in enumerate(self.rows) if row[0] == first)
-        ends = [i for i, row in enumerate(self.rows) if row[0] in ("Model", "Class") and i > start]
+        ends = [
+            i for i, row in enumerate(self.rows) if row[0] in ("Model", "Class", "Pairs", "Proposals") and i > start
+        ]
         return self.rows[start : ends[0] if ends else None]
+
+
+def chart_words(page: Page) -> list[set[str]]:
+    """The texts of each chart, which matplotlib names beside the outlines it draws."""
+    charts = [base64.b64decode(uri.partition(";base64,")[2]).decode() for uri in page.images if "svg" in uri]
+    return [set(re.findall(r"<!-- (.*?) -->", chart)) for chart in charts]
 
 
 def result(model: str, score: float, **metrics: Any) -> dict:
@@ -90,6 +100,19 @@ def result(model: str, score: float, **metrics: Any) -> dict:
         "settings": {},
         "data": {"root": "voc", "train_split": "a", "test_split": "b", "train": 5, "test": 4},
     }
+
+
+PRECISION = {
+    "pairs": 24_000,
+    "precision": 0.03,
+    "random_rois": 0.015,
+    "random_photos": 0.01,
+    "on_object": 0.25,
+    "neighbors": [1, 2, 6],
+    "shares": [0.02, 0.1],
+    "by_neighbors": [[0.05, 0.045, 0.04], [0.04, 0.035, 0.03]],
+    "random_rois_by_neighbors": [0.02, 0.018, 0.015],
+}
 
 
 class Run:
@@ -112,6 +135,7 @@ class Run:
         self.metrics: list[str] = []
         self.scores: list[str] = []
         self.recalls: list[str] = []
+        self.pairs: list[str] = []
 
     def discovery(self, count: int) -> None:
         """Neighbours, proposals and correspondences of `count` photos: 2 boxes and then 1, 1 to 2 pairs."""
@@ -144,7 +168,7 @@ class Run:
         artifacts.write_json(path, value)
         self.scores.append(str(path))
 
-    def add_recall(self, name: str, **made_with: Any) -> None:
+    def add_recall(self, name: str, per_photo: float = 3.25, **made_with: Any) -> None:
         """Recall of the proposals of a variant, with four or two numbers of boxes kept."""
         kept = [1, 2, 5, 7] if made_with else [1, 3]
         lines = {iou: [rate * number / 10 for number in kept] for iou, rate in (("0.5", 1.0), ("0.7", 0.5))}
@@ -152,7 +176,7 @@ class Run:
         value = {
             "task": "proposals",
             "model": name,
-            "metrics": {**metrics, "boxes_per_photo": 3.25},
+            "metrics": {**metrics, "boxes_per_photo": per_photo},
             "settings": {"proposals": {"min_size": 96}, "made_with": {"proposals": made_with} if made_with else {}},
             "data": {"objects": 1234, "large_objects": 0},
         }
@@ -160,13 +184,29 @@ class Run:
         artifacts.write_json(path, value)
         self.recalls.append(str(path))
 
-    def write(self, name: str = "index.html") -> str:
-        files = [str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")]
+    def add_pairs(self, name: str, **metrics: Any) -> None:
+        """Precision of the RoI pairs of a variant, by 1, 2 and 6 neighbours."""
+        value = {
+            "task": "pairs",
+            "model": name,
+            "metrics": {**PRECISION, **metrics},
+            "settings": {"version": 1, "seed": 0, "made_with": {}},
+            "data": {"photos": 12},
+        }
+        path = self.folder / f"pairs{len(self.pairs)}.json"
+        artifacts.write_json(path, value)
+        self.pairs.append(str(path))
+
+    def write(self, name: str = "index.html", stage2: bool = True) -> str:
+        neighbors, proposals, pairs = (
+            str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")
+        )
         tables = str(self.folder / "manifest.csv"), str(self.folder / "rejected.csv")
         output = self.folder / "out" / name
         photos = str(self.folder / "photos")
-        lists = self.metrics, self.scores, self.recalls
-        report("run <1> & co", photos, *tables, *lists, *files, "ignore", str(output))
+        lists = self.metrics, self.scores, self.recalls, self.pairs
+        files = (neighbors, proposals, pairs) if stage2 else None
+        report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output))
         return output.read_text()
 
 
@@ -213,16 +253,16 @@ def test_images_decode(page: Page) -> None:
                 assert 100 <= max(image.size) <= 240
     photos = QUERIES * 6 + 2 * 12  # gallery; 6 + 3 + 3 drawn pairs
     assert kinds.count("image/jpeg") == photos
-    assert kinds.count("image/svg+xml") == 3 + 2 + 2
+    assert kinds.count("image/svg+xml") == 2 + 3 + 2 + 2
 
 
 def test_scores(page: Page) -> None:
     assert page.table("Model") == [
-        ["Model", "mAP", "against stage1", "chance"],
-        ["random", "20.50", "−41.50", "7.50"],
-        ["stage1", "62.00", "", "7.50"],
-        ["orl", "64.25", "+2.25", "7.50"],
-        [ODD, "61.13", "−0.87", "7.50"],
+        ["Model", "mAP", "against stage1", "against orl", "chance"],
+        ["random", "20.50", "−41.50", "−43.75", "7.50"],
+        ["stage1", "62.00", "", "−2.25", "7.50"],
+        ["orl", "64.25", "+2.25", "", "7.50"],
+        [ODD, "61.13", "−0.87", "−3.12", "7.50"],
     ]
     assert page.table("Class") == [
         ["Class", "random", "stage1", "orl", ODD],
@@ -233,6 +273,191 @@ def test_scores(page: Page) -> None:
     assert "sofa: no positive test photo" in page.text
     assert "orl: 3 of 90 SVM fits stopped" in page.text
     assert "not comparable with published ones" in page.text
+
+
+def test_repeats_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Mean ± standard error of the seeds, and of differences where both models have several."""
+    run = Run(tmp_path, 3, 1, size=100)
+    scores = {"orl": [64.0, 65.5, 63.1], "stage1": [61.0, 62.0, 61.9], "orl-b": [60.0], "random": [20.0, 21.0, 20.2]}
+    for model, values in scores.items():
+        for seed, value in enumerate(values):
+            name = f"{model}.seed{seed}" if seed else model
+            run.add_score(result(name, value, fits=90, not_converged=seed if model == "orl" else 0))
+    page = Page(run.write())
+
+    def text(model: str, other: str = "") -> str:
+        value = np.mean(scores[model]) - (np.mean(scores[other]) if other else 0)
+        of = [scores[name] for name in (model, other) if name]
+        error = np.sqrt(sum(np.var(values, ddof=1) / len(values) for values in of)) if min(map(len, of)) > 1 else 0
+        shown = (f"{value:+.2f}" if other else f"{value:.2f}").replace("-", "−")
+        return shown + (f" ± {error:.2f}" if error else "")
+
+    expected = [
+        ["Model", "seeds", "mAP", "against stage1", "against orl", "chance"],
+        ["random", "3", text("random"), text("random", "stage1"), text("random", "orl"), "7.50"],
+        ["stage1", "3", text("stage1"), "", text("stage1", "orl"), "7.50"],
+        ["orl", "3", text("orl"), text("orl", "stage1"), "", "7.50"],
+        ["orl-b", "1", "60.00", text("orl-b", "stage1"), text("orl-b", "orl"), "7.50"],
+    ]
+    assert page.table("Model") == expected
+    assert expected[1][2:5] == ["20.40 ± 0.31", "−41.23 ± 0.44", "−43.80 ± 0.76"]
+    assert expected[4][3:5] == ["−1.63", "−4.20"]
+    assert page.table("Class")[:2] == [
+        ["Class", "random", "stage1", "orl", "orl-b"],
+        ["cat", "20.40", "61.63", "64.20", "60.00"],
+    ]
+    assert page.bold == ["64.20 ± 0.70", "64.20", *["50.00"] * 4]
+    assert page.text.count("5 photos of a to train, 4 of b to test, in voc.") == 1
+    assert "orl: 3 of 270 SVM fits stopped" in page.text
+    assert "seed1" not in page.text
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [
+        "VOC07 linear SVM: random: mAP 20.40 ± 0.31 (3 seeds, −41.23 ± 0.44 against stage1, "
+        "−43.80 ± 0.76 against orl, chance 7.50)",
+        "VOC07 linear SVM: stage1: mAP 61.63 ± 0.32 (3 seeds, −2.57 ± 0.77 against orl, chance 7.50)",
+        "VOC07 linear SVM: orl: mAP 64.20 ± 0.70 (3 seeds, +2.57 ± 0.77 against stage1, chance 7.50)",
+        "VOC07 linear SVM: orl-b: mAP 60.00 (−1.63 against stage1, −4.20 against orl, chance 7.50)",
+    ]
+
+
+def test_repeats_measured_on_other_data_are_named(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    for model in ("orl", "orl.seed1", "stage1", "stage1.seed1"):
+        value = result(model, 60.0)
+        if model == "orl.seed1":
+            value["data"]["train"] = 6
+        run.add_score(value)
+    text = Page(run.write()).text
+    assert "stage1, orl: 5 photos of a to train, 4 of b to test, in voc." in text
+    assert "orl.seed1: 6 photos of a to train, 4 of b to test, in voc." in text
+    assert "their scores cannot be compared" in text
+
+
+def test_scores_are_drawn_where_a_table_is_hard_to_read(tmp_path: Path) -> None:
+    """Repeats, or more than three models; the names stand in numbered legends."""
+    run = Run(tmp_path, 3, 1, size=100)
+    for model in ("random", "stage1", ODD):
+        run.add_score(result(model, 60.0))
+    page = Page(run.write(stage2=False))
+    assert page.images == []
+    run.add_score(result("stage1.seed1", 61.0))
+    page = Page(run.write(stage2=False))
+    everything, trained = chart_words(page)
+    assert {"mAP, percent", "model", "1", "2", "3"} <= everything
+    assert {"mAP, percent", "model", "2", "3"} <= trained
+    assert all(re.fullmatch(r"mAP, percent|model|[\d.]+", word) for word in everything | trained)
+    assert all(f"{number}: {name}" in page.text for number, name in enumerate(("random", "stage1", ODD), 1))
+    assert "Bars: ± 2 standard errors; small dots: seeds. Dashed: chance." in page.text
+    assert f"mAP, in percent: random 60.00; stage1 60.50 ± 0.50; {ODD} 60.00" in page.labels
+    assert f"mAP of trained models, in percent: stage1 60.50 ± 0.50; {ODD} 60.00" in page.labels
+
+
+def test_models_are_compared_with_the_first_orl_where_none_is_plain(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_score(result("orl-b", 60.0))
+    page = Page(run.write())
+    assert page.table("Model") == [["Model", "mAP", "chance"], ["orl-b", "60.00", "7.50"]]  # nothing to compare with
+    run.add_score(result("orl-c", 61.0))
+    assert Page(run.write()).table("Model") == [
+        ["Model", "mAP", "against orl-b", "chance"],
+        ["orl-b", "60.00", "", "7.50"],
+        ["orl-c", "61.00", "+1.00", "7.50"],
+    ]
+
+
+def test_only_the_first_seed_is_drawn(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    for name in ("orl-long.seed1", "orl-long", "orl-short.seed2", "stage1"):
+        run.add_metrics(name, ["global"], 3)
+    page = Page(run.write(stage2=False))
+    titles = [label.partition(" by epoch")[0] for label in page.labels if "by epoch" in label]
+    assert titles == [
+        "Loss of stage1",
+        "Loss of orl-long",
+        "Loss of orl-short.seed2",
+        "Spread of the features",
+        "Learning rate",
+    ]
+    assert "orl-long.seed1" not in page.text
+    assert page.text.count("Other seeds are not drawn.") == 3  # not under what has no others
+
+
+def test_precision_of_the_pairs(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    assert "A pair is right" not in run.write()
+    run.add_pairs("pairs", precision=0.03, random_photos=0.01)
+    run.add_pairs("pairs.seed1", precision=0.05, random_photos=0.02, pairs=25_000)
+    run.add_pairs(ODD, random_photos=0.0)
+    page = Page(run.write())
+    times = np.array([3.0, 2.5])
+    assert page.table("Pairs")[1:3] == [
+        ["pairs", "2", "24,500", "4.00 ± 1.00", "1.50 ± 0.00", "1.50 ± 0.50",
+         f"{times.mean():.2f} ± {times.std(ddof=1) / math.sqrt(2):.2f}", "25.0 ± 0.0"],
+        [ODD, "1", "24,000", "3.00", "1.50", "0.00", "–", "25.0"],
+    ]  # fmt: skip
+    assert "same class by an IoU of at least 0.5" in page.text
+    assert (
+        "Precision of pairs in percent, by number of neighbours; of all neighbours: "
+        "2 % 4.00; 10 % 3.00; random boxes 1.50"
+    ) in page.labels
+    drawn = [words for words in chart_words(page) if "neighbours" in words]
+    assert len(drawn) == 2
+    assert all("precision, percent" in words and "epoch" not in words for words in drawn)
+    assert page.text.count("Other seeds are not drawn.") == 1
+
+
+def test_no_more_precisions_are_drawn_than_losses(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    for number in range(CHARTS + 2):
+        run.add_pairs(f"pairs-{number}")
+    page = Page(run.write(stage2=False))
+    assert len(page.images) == CHARTS
+    assert "2 more are not drawn." in page.text
+
+
+def test_recall_of_repeats(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_recall("proposals", 3.0)
+    run.add_recall("proposals.seed1", 4.0, method="fast")
+    page = Page(run.write())
+    assert page.table("Proposals")[1] == [
+        "proposals", "2", "fast", "full size", "3.5 ± 0.5", "1,234", "50.0 ± 20.0", "25.0 ± 10.0", "0 (≥ 96 px)",
+        "50.0 ± 20.0", "–",
+    ]  # fmt: skip
+    assert "Solid: IoU 0.5, dashed: IoU 0.7. Other seeds are not drawn." in page.text
+
+
+def test_page_without_stage_2(tmp_path: Path) -> None:
+    """A run that measures stage 1 alone; its files of stage 2 need not be there."""
+    run = Run(tmp_path, 3, 1, size=100)
+    for name in ("neighbors", "proposals", "correspondences"):
+        (tmp_path / f"{name}.h5").unlink()
+    run.add_score(result("stage1", 61.0))
+    page = Page(run.write(stage2=False))
+    assert page.images == []
+    assert not {"RoI pairs", "Nearest neighbours", "Proposals"} & set(re.findall(r"[\w ]+", page.text))
+    run.add_pairs("pairs")
+    run.add_recall("proposals")
+    page = Page(run.write(stage2=False))
+    assert "A pair is right" in page.text
+    assert "Recall of annotated objects" in page.text
+    assert "cosine similarit" not in page.text
+    assert not any("jpeg" in uri for uri in page.images)
+
+
+def test_command_takes_all_of_stage_2_or_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_pairs("pairs")
+    argv = ["report", "--run-name", "r", "--root", str(tmp_path / "photos"), "--output", str(tmp_path / "page.html")]
+    argv += ["--manifest", str(tmp_path / "manifest.csv"), "--rejected", str(tmp_path / "rejected.csv")]
+    argv += ["--metrics", "--scores", "--recalls", "--pairs", *run.pairs]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*argv, "--neighbors", str(tmp_path / "neighbors.h5")])
+    assert end.value.code == 2
+    sentence = "orl report: --neighbors needs --proposals; name all of stage 2's files or none.\n"
+    assert capsys.readouterr().err == sentence
+    cli.main(argv)
+    assert "A pair is right" in (tmp_path / "page.html").read_text()
 
 
 def test_names_are_escaped(page: Page) -> None:
@@ -339,7 +564,7 @@ def test_odd_results(tmp_path: Path) -> None:
         file["neighbor"], file["pair_offsets"] = np.array([[1], [0]], np.int32), np.zeros(3, np.int64)
         file["pair"], file["similarity"] = np.zeros((0, 2), np.uint16), np.zeros(0, np.float16)
     page = Page(run.write())
-    assert page.table("Model")[1] == ["mine", "50.00", "", ""]
+    assert page.table("Model")[1] == ["mine", "50.00", ""]
     assert page.bold == []  # nothing to compare
 
 
@@ -392,6 +617,10 @@ def twice(run: Run) -> None:
     run.add_score(result("stage1", 1.0))
 
 
+def add_pairs(**metrics: Any) -> Callable[[Run], None]:
+    return lambda run: run.add_pairs("pairs-b", **metrics)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -422,6 +651,16 @@ def twice(run: Run) -> None:
             overwrite("recall0.json", '{"task": "t", "model": "m", "metrics": {}, "settings": {}, "data": {}}'),
             "recall0.json: is no result of `orl evaluate proposals`",
         ),
+        (overwrite("pairs0.json", "{"), "pairs0.json: damaged"),
+        (
+            overwrite("pairs0.json", '{"task": "t", "model": "m", "metrics": {}, "settings": {}, "data": {}}'),
+            r"pairs0.json: is no result of `orl evaluate pairs` \('precision'\); evaluate again.",
+        ),
+        (add_pairs(precision="high"), "pairs1.json: is no result of `orl evaluate pairs`"),
+        (add_pairs(by_neighbors=[[0.1, 0.1, 0.1]]), "pairs1.json: is no result of `orl evaluate pairs`"),
+        (add_pairs(random_rois_by_neighbors=[0.1]), "pairs1.json: is no result of `orl evaluate pairs`"),
+        (lambda run: run.add_pairs("pairs"), "pairs1.json: model 'pairs' of pairs is given twice"),
+        (lambda run: run.add_recall("proposals"), "recall1.json: model 'proposals' of proposals is given twice"),
         (twice, "score1.json: model 'stage1' of voc07_svm is given twice"),
     ],
 )
@@ -430,6 +669,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, change: Callable[[Run], None],
     run.add_metrics("stage1", ["global"], 2)
     run.add_score(result("stage1", 62.0))
     run.add_recall("proposals")
+    run.add_pairs("pairs")
     change(run)
     with pytest.raises(InputError, match=message):
         run.write()

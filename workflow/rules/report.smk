@@ -1,13 +1,20 @@
+# The run's own files of stage 2, which the page shows where the run makes them.
+STAGE2 = {
+    name: found(name)
+    for name in ("neighbors", "proposals", "correspondences")
+    if {"pairs", "orl"} & set(RUN.measure)
+}
+
+
 rule report:
     input:
+        **STAGE2,
         manifest=found("manifest"),
         rejected=f"{RESULTS}/rejected.csv",
         metrics=trained("metrics.csv"),
         scores=scores(),
         recalls=measured("proposals_recall"),
-        neighbors=found("neighbors"),
-        proposals=found("proposals"),
-        correspondences=found("correspondences"),
+        pairs=measured("pair_precision"),
     output:
         f"{RESULTS}/report/index.html",
     log:
@@ -17,9 +24,12 @@ rule report:
         version=settings.RESULT_VERSION["report"],
         name=RUN.name,
         root=ROOT,
+        stage2=lambda _, input: [
+            part for name in STAGE2 for part in (f"--{name}", input[name])
+        ],
     shell:
         "orl report --settings {params.settings:q} --run-name {params.name:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --rejected {input.rejected:q} --metrics {input.metrics:q} "
-        "--scores {input.scores:q} --recalls {input.recalls:q} --neighbors {input.neighbors:q} "
-        "--proposals {input.proposals:q} --correspondences {input.correspondences:q} --output {output:q} "
+        "--scores {input.scores:q} --recalls {input.recalls:q} --pairs {input.pairs:q} "
+        "{params.stage2:q} --output {output:q} "
         "2>&1 | tee {log:q}"
