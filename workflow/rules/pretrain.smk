@@ -45,9 +45,7 @@ rule stage1:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
         photos=lambda wildcards, input: (
-            []
-            if given(wildcards.v)
-            else ["--root", ROOT, "--manifest", *input]
+            [] if given(wildcards.v) else ["--root", ROOT, "--manifest", *input]
         ),
     shell:
         "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
