@@ -467,5 +467,7 @@ def test_methods_have_their_own_defaults_and_stage_3_only_what_is_given():
 
 def test_given_weights_are_all_that_counts_of_stage_1():
     given, other = ({"stage1": {"weights": "a.pth", "optimizer": {"lr": lr}}} for lr in (0.1, 0.2))
+    other |= {"seed": 5, "precision": "float16"}
     assert used(parse(given), "stage1") == used(parse(other), "stage1")
+    assert used(parse(other), "random")["seed"] == used(parse(other), "stage3")["seed"] == 5
     assert used(parse({"stage1": {"weights": "b.pth"}}), "stage1") != used(parse(given), "stage1")
