@@ -532,11 +532,12 @@ def runs(raw: dict) -> dict[str, Config]:
 
 def used(config: Config, stage: str) -> dict:
     """The settings that decide the result of `stage`, as nested plain values, with its RESULT_VERSION."""
-    whole = config.model_dump(mode="json")
+    whole, uses = config.model_dump(mode="json"), USES[stage]
     if config.stage1.weights:
         whole["stage1"] = {key: whole["stage1"][key] for key in ("weights", "network")}  # the latter for `random`
+        uses = ("stage1",) if stage == "stage1" else uses  # nothing is trained: all seeds share it
     out: dict = {"version": RESULT_VERSION[stage]}
-    for dotted in USES[stage]:
+    for dotted in uses:
         *parents, last = dotted.split(".")
         source, target = whole, out
         for parent in parents:

@@ -23,6 +23,7 @@ READS = {
     "correspond": ["--manifest", "--neighbors", "--proposals", "--rois"],
     "evaluate voc07_svm --name stage1": ["--backbone", "--labels"],
     "evaluate proposals": ["--manifest", "--proposals", "--annotations"],
+    "evaluate pairs": ["--manifest", "--proposals", "--correspondences", "--annotations"],
     "report --run-name run": [
         "--root",
         "--manifest",
@@ -119,6 +120,7 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
     make("correspond", given["--correspondences"])
     make("evaluate voc07_svm --name stage1", given["--scores"])
     make("evaluate proposals", given["--recalls"])
+    make("evaluate pairs", folder / "pairs.json")
     make("report --run-name run", folder / "index.html")
     make("scenes", folder / "scenes")
     make("pretrain --stage random", folder / "random")
@@ -141,6 +143,7 @@ def test_the_commands_make_their_files(inputs):
     assert {path.name for path in folder.iterdir()} == {
         *(path.name for path in inputs.values() if path.parent == folder),
         "index.html",
+        "pairs.json",
         "random",
         "scenes",
     }

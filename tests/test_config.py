@@ -64,6 +64,7 @@ def sentence(raw, **options) -> str:
         ("embeddings.resize", 256),
         ("embeddings.crop", 224),
         ("neighbors.k", 10),
+        ("neighbors.method", "nearest"),
         ("neighbors.index", "Flat"),
         ("neighbors.scope", "all"),
         ("proposals.min_size", 96),
@@ -71,6 +72,7 @@ def sentence(raw, **options) -> str:
         ("proposals.max_iou", 0.5),
         ("proposals.top_n", 100),
         ("rois.size", 224),
+        ("correspondences.method", "similar"),
         ("correspondences.ratio", 0.1),
         ("stage3.patch", 96),
         ("stage3.jitter.attempts", 200),
@@ -85,6 +87,8 @@ def sentence(raw, **options) -> str:
         ("downstream.voc07_svm.size", 224),
         ("downstream.voc07_svm.folds", 3),
         ("data.exif", "ignore"),
+        ("repeats", 1),
+        ("measure", ["random", "stage1", "pairs", "orl"]),
     ],
 )
 def test_defaults_are_the_papers(key, value):
@@ -171,6 +175,15 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(key, nearest):
         ("neighbors.parameters", "nprobe=0"),
         ("neighbors", {"parameters": "nprobe=3"}),  # with index Flat
         ("neighbors.scope", "inside"),
+        ("neighbors.method", "similar"),
+        ("neighbors", {"method": "random", "index": "IVF4,Flat"}),
+        ("neighbors", {"method": "random", "parameters": "nprobe=3"}),
+        ("correspondences.method", "nearest"),
+        ("repeats", 0),
+        ("repeats", 101),
+        ("repeats", 2.0),
+        ("measure", "stage1"),
+        ("measure", ["stage3"]),  # the model is called orl
         ("correspondences.ratio", 0),
         ("correspondences.ratio", 1.1),
         ("stage3", {"global_weight": 0, "intra_weight": 0, "inter_weight": 0}),
@@ -267,6 +280,16 @@ def test_every_run_is_repeated_with_seeds_of_its_own():
     assert list(runs({})) == [""]
 
 
+def test_a_repeat_differs_from_its_run_by_the_seed_alone():
+    raw = {"repeats": 3, "stage1": {"method": "moco"}, "variants": {"v": {"measure": ["stage1"], "rois": {"size": 64}}}}
+    found = runs(raw)
+    assert list(found) == ["", ".seed1", ".seed2", "-v", "-v.seed1", "-v.seed2"]
+    for first, second in (("", ".seed2"), ("-v", "-v.seed2")):
+        assert found[second] == found[first].model_copy(update={"seed": 2})
+    assert found["-v.seed1"].measure == ["stage1"]
+    assert len(found["-v"].measure) < len(found[".seed1"].measure)
+
+
 def test_repeats_whose_seeds_would_be_too_large():
     with pytest.raises(InputError, match="seed"):
         runs({"seed": 2**31 - 1, "repeats": 2})
@@ -358,7 +381,8 @@ def test_used_holds_exactly_what_it_says(stage):
 def test_used_of_a_stage_written_out():
     assert used(parse({"seed": 4, "neighbors": {"k": 3}}), "neighbors") == {
         "version": 2,
-        "neighbors": {"k": 3, "index": "Flat", "parameters": None, "scope": "all"},
+        "seed": 4,
+        "neighbors": {"method": "nearest", "k": 3, "index": "Flat", "parameters": None, "scope": "all"},
     }
     assert used(parse({"seed": 4}), "random") == {
         "version": 1,
@@ -443,5 +467,7 @@ def test_methods_have_their_own_defaults_and_stage_3_only_what_is_given():
 
 def test_given_weights_are_all_that_counts_of_stage_1():
     given, other = ({"stage1": {"weights": "a.pth", "optimizer": {"lr": lr}}} for lr in (0.1, 0.2))
+    other |= {"seed": 5, "precision": "float16"}
     assert used(parse(given), "stage1") == used(parse(other), "stage1")
+    assert used(parse(other), "random")["seed"] == used(parse(other), "stage3")["seed"] == 5
     assert used(parse({"stage1": {"weights": "b.pth"}}), "stage1") != used(parse(given), "stage1")

@@ -83,7 +83,7 @@ def _listed(path: Path) -> list[str]:
 @dataclass(frozen=True)
 class Objects:
     """Annotated objects: `box` float64 [m, 4], x y w h in pixels, as they stand in the file; `crowd` bool [m];
-    `category` int64 [m]: category_id, or -1 where it is missing.
+    `category` int64 [m]: category_id, or -1 where it is no whole number from 0.
 
     Object i is in the photo that `photo` int64 [m] names: a row of `name` (file names, n) and of `size` int64 [n, 2]
     (width, height; 0 where the file does not say).
@@ -108,7 +108,7 @@ def read_objects(path: str | os.PathLike) -> Objects:
             box = value["bbox"]
             whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
             category = value.get("category_id")
-            kind = category if type(category) is int and category >= 0 else -1
+            kind = category if type(category) is int and 0 <= category < 2**63 else -1
             return (str(value.get("image_id")), bool(value.get("iscrowd")), kind, *box) if whole else ()
         return _keep(value)
 

@@ -62,7 +62,8 @@ def evaluate(
     artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
     row, box, category, left_out = objects_of(manifest, annotations)
     if (category < 0).any():
-        raise InputError(f"{annotations[0]}: has a box without category_id, which tells its class; correct the file.")
+        named = ", ".join(map(str, annotations))
+        raise InputError(f"{named}: has a box without category_id, which tells its class; correct the file.")
 
     kind = np.unique(category, return_inverse=True)[1]
     spans = zip(pairwise(offsets), pairwise(np.searchsorted(row, np.arange(len(manifest) + 1))), strict=True)
@@ -75,7 +76,7 @@ def evaluate(
 
     def right(here: np.ndarray, there: np.ndarray) -> np.ndarray:
         """Whether two boxes, numbered from the first of the first photo on, show the same class."""
-        return (bits[here] & bits[there]).any(1)
+        return (bits[here] & bits[there]).any(-1)
 
     counts = np.diff(offsets)
     slot = np.repeat(np.arange(len(manifest) * k), np.diff(found.pair_offsets))
@@ -85,13 +86,13 @@ def evaluate(
     good = right(offsets[query] + pair[:, 0], offsets[other] + pair[:, 1])
 
     random = rng(config.seed)
-    times = -(-RANDOM // len(pair))
 
     def drawn(of: np.ndarray) -> np.ndarray:
         """A random box of each photo."""
         return offsets[of] + random.integers(counts[of])
 
-    same_photos = np.mean([right(drawn(query), drawn(other)) for _ in range(times)], 0)
+    here, there = drawn(np.tile([query, other], (-(-RANDOM // len(pair)), 1, 1))).swapaxes(0, 1)
+    same_photos = right(here, there).mean(0)
     one = random.integers(len(manifest), size=max(RANDOM, len(pair)))
     two = (one + random.integers(1, len(manifest), size=len(one))) % len(manifest)  # another one
     neighbors = steps(k)

@@ -162,3 +162,62 @@ def test_rois_of_another_number_of_boxes_are_refused(files, tmp_path):
     with artifacts.create(files[3], artifacts.ROIS, {}, {"proposals": artifacts.fingerprint(files[2])}) as file:
         file["feature"] = np.ones((3, 16), np.float16)
     refused(files, tmp_path, "rois.h5: has 3 rows, but .*proposals.h5 has 78")
+
+
+# Random pairs
+
+
+def random_pairs(files, path, ratio=0.1, seed=0, **options):
+    settings = config.parse({"seed": seed, "correspondences": {"method": "random", "ratio": ratio}})
+    correspond(settings, *files[:3], files[3:], str(path), **options)
+    return artifacts.read_correspondences(path)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.29, 1.0])
+def test_random_pairs_are_as_many_different_ones_with_their_similarities(files, tmp_path, ratio):
+    correspond(config.parse({"correspondences": {"ratio": ratio}}), *files[:3], files[3:], str(tmp_path / "similar.h5"))
+    similar = artifacts.read_correspondences(tmp_path / "similar.h5")
+    found = random_pairs(files, tmp_path / "random.h5", ratio)
+    np.testing.assert_array_equal(found.neighbor, NEIGHBOR)
+    np.testing.assert_array_equal(found.pair_offsets, similar.pair_offsets)
+    for name in artifacts.LAYOUT[artifacts.CORRESPONDENCES]:
+        assert getattr(found, name).dtype == getattr(similar, name).dtype
+    own = np.split(artifacts.read_rois(files[3]).feature.astype(np.float64), np.cumsum(COUNTS)[:-1])
+    for slot, other in enumerate(NEIGHBOR.ravel()):
+        query, key = own[slot // 2], own[other]
+        here = slice(*found.pair_offsets[slot : slot + 2])
+        flat = found.pair[here].astype(int) @ [len(key), 1]
+        assert len(set(flat.tolist())) == len(flat)
+        assert (found.pair[here] < [len(query), len(key)]).all()
+        np.testing.assert_allclose(found.similarity[here], (query @ key.T).ravel()[flat], atol=1e-3)
+        assert (np.diff(found.similarity[here]) <= 0).all()
+    assert found.similarity.mean() < similar.similarity.mean() - 0.1
+
+
+def test_all_pairs_are_taken_where_there_are_no_more(files, tmp_path):
+    """Of photo 1's 27 RoIs with the one of photo 0."""
+    found = random_pairs(files, tmp_path / "r.h5", 1.0)
+    here = slice(*found.pair_offsets[2:4])
+    assert sorted(found.pair[here].tolist()) == [[number, 0] for number in range(27)]
+
+
+def test_random_pairs_depend_on_the_seed(files, tmp_path):
+    for name, seed in (("a.h5", 3), ("b.h5", 3), ("c.h5", 4)):
+        random_pairs(files, tmp_path / name, 0.5, seed)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    one, other = (artifacts.read_correspondences(tmp_path / name).pair for name in ("a.h5", "c.h5"))
+    assert (one != other).any(1).mean() > 0.8
+
+
+def test_every_pair_is_equally_likely_a_random_one(files, tmp_path):
+    """Chi-squared over many seeds, as a share of what is expected."""
+    counts = [np.zeros((COUNTS[slot // 2], COUNTS[other])) for slot, other in enumerate(NEIGHBOR.ravel())]
+    for seed in range(100):
+        found = random_pairs(files, tmp_path / "r.h5", 0.5, seed)
+        for slot, count in enumerate(counts):
+            here, there = found.pair[found.pair_offsets[slot] : found.pair_offsets[slot + 1]].T
+            count[here, there] += 1
+    for count in counts:
+        chance = max(1, count.shape[0] // 2) / count.size
+        squares = (count - 100 * chance) ** 2 / (100 * chance * (1 - chance))
+        assert abs(squares.mean() - 1) < 5 * np.sqrt(2 / count.size)

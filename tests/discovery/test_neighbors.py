@@ -23,8 +23,8 @@ def write(folder, embedding, parts=None):
     return str(folder / "manifest.csv"), str(folder / "embeddings.h5")
 
 
-def run(folder, sources, threads=1, name="neighbors.h5", **settings):
-    neighbors(config.parse({"neighbors": settings}), *sources, str(folder / name), threads)
+def run(folder, sources, threads=1, name="neighbors.h5", seed=0, **settings):
+    neighbors(config.parse({"seed": seed, "neighbors": settings}), *sources, str(folder / name), threads)
     return artifacts.read_neighbors(folder / name)
 
 
@@ -91,6 +91,73 @@ def test_k_is_that_of_the_smallest_part(tmp_path, capsys, scope, k, why):
 def test_a_photo_without_any_other_is_refused(tmp_path, scope, parts, why):
     with pytest.raises(InputError, match=f"^neighbors.scope: is '{scope}', but {why}; "):
         run(tmp_path, write(tmp_path, unit(4), list(parts)), scope=scope)
+
+
+# Random neighbours
+
+
+def allowed(parts, scope):
+    """bool [photo, other]: whether one may be a neighbour of the other."""
+    same = np.array(parts)[:, None] == np.array(parts)
+    return {"all": np.full(same.shape, True), "within": same, "across": ~same}[scope] & ~np.eye(len(parts), dtype=bool)
+
+
+@pytest.mark.parametrize("parts", [PARTS, MIXED])
+@pytest.mark.parametrize("scope", ["all", "within", "across"])
+def test_random_neighbours_are_different_ones_of_the_scope_with_their_similarities(tmp_path, parts, scope):
+    embedding = unit(90)
+    found = run(tmp_path, write(tmp_path, embedding, parts), scope=scope, k=7, method="random")
+    assert (found.index.shape, found.index.dtype, found.similarity.dtype) == ((90, 7), np.int32, np.float32)
+    similarity = embedding.astype(np.float64) @ embedding.T.astype(np.float64)
+    for row, (others, values) in enumerate(zip(found.index, found.similarity, strict=True)):
+        assert len(set(others.tolist())) == 7
+        assert allowed(parts, scope)[row, others].all()
+        np.testing.assert_allclose(values, similarity[row, others], atol=1e-6)
+        assert (np.diff(values) <= 0).all()
+    nearest = np.argsort(-np.where(allowed(parts, scope), similarity, -2), 1)[:, :7]
+    assert np.mean([len(np.intersect1d(*pair)) / 7 for pair in zip(found.index, nearest, strict=True)]) < 0.6
+
+
+def test_equally_similar_random_neighbours_come_in_their_order(tmp_path):
+    embedding = np.repeat(unit(1, 4), 30, 0)
+    found = run(tmp_path, write(tmp_path, embedding), k=5, method="random")
+    assert (np.diff(found.index) > 0).all()
+
+
+def test_random_neighbours_depend_on_the_seed_and_not_on_the_threads(tmp_path):
+    sources = write(tmp_path, unit(50))
+    for name, threads, seed in (("a.h5", 1, 3), ("b.h5", 2, 3), ("c.h5", 1, 4)):
+        run(tmp_path, sources, threads, name, seed, method="random")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    one, other = (artifacts.read_neighbors(tmp_path / name).index for name in ("a.h5", "c.h5"))
+    assert np.mean([len(np.intersect1d(*pair)) for pair in zip(one, other, strict=True)]) < 4  # of 10; 2 by chance
+    assert "recall" not in artifacts.attributes(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("scope", ["all", "within", "across"])
+def test_every_other_photo_is_equally_likely_a_random_neighbour(tmp_path, scope):
+    """Chi-squared over many seeds, as a share of what is expected: 1, give or take 0.09 at most."""
+    parts = ["a"] * 14 + ["b", "a"] * 8
+    sources, counts = write(tmp_path, unit(30), parts), np.zeros((30, 30))
+    for seed in range(100):
+        for row, others in enumerate(run(tmp_path, sources, seed=seed, scope=scope, k=3, method="random").index):
+            counts[row, others] += 1
+    may = allowed(parts, scope)
+    assert counts[~may].sum() == 0
+    chance = (3 / may.sum(1))[:, None]
+    squares = (counts - 100 * chance) ** 2 / (100 * chance * (1 - chance))
+    assert 0.7 < squares[may].mean() < 1.3
+
+
+def test_all_others_are_random_neighbours_where_there_are_no_more(tmp_path, capsys):
+    found = run(tmp_path, write(tmp_path, unit(4)), method="random")
+    assert [sorted(row) for row in found.index.tolist()] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert "using 3 neighbours each" in capsys.readouterr().err
+
+
+def test_random_neighbours_of_embeddings_that_are_no_directions_are_refused(tmp_path):
+    with pytest.raises(InputError, match="instead of 1"):
+        run(tmp_path, write(tmp_path, unit(20) * np.float32(2)), method="random")
 
 
 # Recall

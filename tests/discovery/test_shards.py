@@ -86,6 +86,24 @@ def test_pairs_do_not_depend_on_the_memory_for_features(stages, memory, tmp_path
     assert (tmp_path / "pairs.h5").read_bytes() == (folder / "correspondences.h5").read_bytes()
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_random_pairs_do_not_depend_on_shards_and_processes(stages, tiny, count, tmp_path, monkeypatch, manifest_path,
+                                                            neighbors_path, proposals_path):  # fmt: skip
+    made, folder = stages
+    section = {"correspondences": {"method": "random", "ratio": 0.4}}
+    random = parse(merge(tiny.model_dump(mode="json"), section))
+    known = [*map(str, (manifest_path, neighbors_path, proposals_path))]
+    correspond(random, *known, [str(folder / "rois.h5")], str(tmp_path / "whole.h5"))
+    (tmp_path / "rois").mkdir()
+    features = shards(made["rois"], count, tmp_path / "rois")
+    monkeypatch.setattr("orl.discovery.correspondences.MEMORY", 40_000)
+    paths = shards(lambda path, shard: correspond(random, *known, features, path, 1, shard), count, tmp_path)
+    artifacts.merge(paths, tmp_path / "merged.h5")
+    correspond(random, *known, features, str(tmp_path / "processes.h5"), workers=2)
+    for name in ("merged", "processes"):
+        assert (tmp_path / f"{name}.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
 def test_boxes_too_large_for_16_bits_in_one_shard_widen_the_merged_file(tmp_path):
     for number, side in ((1, 9), (2, 40_000)):
         part = artifacts.part(2, (number, 2))

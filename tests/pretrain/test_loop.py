@@ -79,7 +79,7 @@ def test_training_equals_a_plain_loop(train, photos, manifest):
 
     settings = parse(CONFIG).stage1
     torch.set_num_threads(1)
-    model = loop.initial(settings, 1).train()
+    model = loop.initial(settings, 1).to(memory_format=torch.channels_last).train()  # else it rounds otherwise
     before = {name: value.clone() for name, value in model.state_dict().items()}
     online = [p for n, p in model.named_parameters() if not n.startswith("target")]
     buffers = [torch.zeros_like(p) for p in online]

@@ -103,6 +103,9 @@ def test_the_run_makes_every_file(finished):
     recall = artifacts.read_results(results / "downstream" / "proposals.json")
     assert (recall["model"], recall["settings"]["proposals"]) == ("proposals", {"min_size": 32})
     assert 0 < recall["metrics"]["recall"]["large"]["0.5"][-1] <= 1
+    pairs = artifacts.read_results(results / "downstream" / "pairs.json")
+    assert (pairs["model"], pairs["metrics"]["pairs"]) == ("pairs", len(found.pair))
+    assert 0 <= pairs["metrics"]["precision"] <= 1
     assert "Recall of large objects" in (results / "report" / "index.html").read_text()
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
@@ -139,7 +142,10 @@ def test_the_page_stands_alone(finished):
     assert all(value.startswith(("data:", "#")) for value in page.loaded)
 
 
-DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
+# Jobs after other pairs, and of another seed
+DISCOVERY = {"correspond": 2, "merge": 1, "pair_precision": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
+SEED = {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "rois": 3, "correspond": 2, "merge": 3,
+        "stage3": 1, "voc07_svm": 3, "proposals_recall": 1, "pair_precision": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,9 @@ DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report":
         ({"stage3": {"patch": 16}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"stage3": {"optimizer": {"lr": 0.5}}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
+        ({"correspondences": {"method": "random"}}, DISCOVERY),
         ({"neighbors": {"k": 2}}, {"neighbors": 1, **DISCOVERY}),
+        ({"neighbors": {"method": "random"}}, {"neighbors": 1, **DISCOVERY}),
         ({"rois": {"size": 40}}, {"rois": 3, **DISCOVERY}),
         ({"proposals": {"top_n": 4}}, {"propose": 2, "rois": 3, "proposals_recall": 1, **DISCOVERY, "merge": 2}),
         ({"variants": {"grid": {"proposals": {"method": "grid"}}}},
@@ -170,12 +178,91 @@ DISCOVERY = {"correspond": 2, "merge": 1, "stage3": 1, "voc07_svm": 1, "report":
         ({"variants": {"p": {"stage3": {"patch": 16}}, "q": {"stage3": {"patch": 16}}}},
          {"stage3": 1, "voc07_svm": 1, "report": 1}),
         ({"variants": {"seed1": {"seed": 1}}},
-         {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "proposals_recall": 1, "neighbors": 1, "rois": 3,
-          **DISCOVERY, "merge": 3, "voc07_svm": 3}),
+         {**SEED, "report": 1}),
+        ({"repeats": 2}, {**SEED, "report": 1}),
+        ({"repeats": 3}, {**{rule: 2 * number for rule, number in SEED.items()}, "report": 1}),
+        ({"repeats": 2, "variants": {"seed1": {"seed": 1, "repeats": 1}}}, {**SEED, "report": 1}),
+        ({"variants": {"more": {"repeats": 2}}}, {**SEED, "report": 1}),
+        ({"variants": {"b": {"measure": ["stage1"], "stage1": {"optimizer": {"epochs": 3}}}}},
+         {"stage1": 1, "voc07_svm": 1, "report": 1}),
+        ({"variants": {"b": {"measure": [], "stage1": {"optimizer": {"epochs": 3}}}}}, {}),
     ],
 )  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(finished, change, jobs):
     assert plan(finished, changed(**change)) == jobs
+
+
+def test_a_variant_of_which_only_the_pairs_are_measured_trains_nothing(finished):
+    jobs = plan(finished, changed(variants={"b": {"measure": ["pairs"], "neighbors": {"k": 2}}}))
+    jobs.pop("report", None)
+    assert jobs == {"neighbors": 1, "correspond": 2, "merge": 1, "pair_precision": 1}
+
+
+# From nothing: what a seed makes, and what all seeds share
+WHOLE = {**SEED, "scenes": 1, "manifest": 1, "report": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "jobs"),
+    [
+        ({}, WHOLE),
+        # The variant's own stage 1 for each seed, and its score; nothing of its stage 2 and 3.
+        ({"repeats": 2, "variants": {"b": {"measure": ["stage1"], "stage1": {"method": "simclr"}}}},
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 4, "voc07_svm": 8}),
+        ({"repeats": 2, "variants": {"b": {"repeats": 1, "measure": ["stage1"], "stage1": {"method": "simclr"}}}},
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 3, "voc07_svm": 7}),
+        # Equal settings share: the variant is one of the repeats.
+        ({"repeats": 2, "variants": {"b": {"seed": 1, "repeats": 1}}},
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}}),
+        # Other stage 3: everything before it is that of the same seed.
+        ({"repeats": 2, "variants": {"b": {"stage3": {"patch": 16}}}},
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage3": 4, "voc07_svm": 8}),
+    ],
+)  # fmt: skip
+def test_a_run_with_repeats_makes_each_thing_once(tmp_path, settings, jobs):
+    assert plan(tmp_path, changed(**settings)) == jobs
+
+
+@pytest.mark.parametrize(
+    ("measure", "without", "scores"),
+    [
+        (["stage1"], {"random", "stage3", "proposals_recall", "pair_precision"}, 1),
+        (["stage1", "random"], {"stage3", "proposals_recall", "pair_precision"}, 2),
+        (["pairs"], {"random", "stage3", "voc07_svm"}, 0),
+        (["orl"], {"random", "proposals_recall", "pair_precision"}, 1),
+        (["orl", "pairs", "stage1", "random"], set(), 3),
+    ],
+)
+def test_what_is_not_measured_is_not_made(tmp_path, measure, without, scores):
+    jobs = plan(tmp_path, changed(measure=measure))
+    assert not without & set(jobs)
+    assert {"proposals_recall", "pair_precision", "stage3"} - without <= set(jobs)
+    assert (jobs["stage1"], jobs.get("voc07_svm", 0)) == (1, scores)
+
+
+def test_each_repeat_has_files_of_its_own(tmp_path):
+    config = changed(repeats=2, variants={"b": {"measure": ["stage1", "pairs"], "stage1": {"method": "moco"}}})
+    done = snakemake(tmp_path, config, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {name for names in re.findall(r"^    output: (.+)$", done.stdout + done.stderr, re.MULTILINE)
+            for name in names.replace("results/tiny/", "").split(", ")}  # fmt: skip
+    models = "random", "stage1", "orl", "stage1-b"
+    for seed in ("", ".seed1"):
+        assert {f"models/{model}{seed}/backbone.safetensors" for model in models} <= made
+        assert {f"downstream/{name}{seed}.json" for name in ("proposals", "pairs", "pairs-b")} <= made
+        assert {f"downstream/{model}{seed}/voc07_svm.json" for model in models} <= made
+        assert f"discovery-b{seed}/correspondences.h5" in made
+        assert not {f"downstream/proposals-b{seed}.json", f"discovery-b{seed}/proposals.h5"} & made  # seeds share them
+        assert not [name for name in made if name.startswith(("models/orl-b", "models/random-b"))]
+
+
+def test_repeats_are_given_their_seeds(tmp_path):
+    config = changed(seed=5, repeats=2, measure=["stage1"])
+    done = snakemake(tmp_path, config, "--dry-run", "--printshellcmds")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = re.findall(r"^Shell command: (orl pretrain --stage stage1 .+)$", done.stdout + done.stderr, re.MULTILINE)
+    seeds = {re.search(r"models/([^/]+)", line)[1]: re.search(r'"seed": (\d+)', line)[1] for line in trained}
+    assert seeds == {"stage1": "5", "stage1.seed6": "6"}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +424,13 @@ def test_given_weights_need_no_photos(tmp_path):
     assert plan(tmp_path, TINY, "--until", "stage1") == {"scenes": 1, "manifest": 1, "stage1": 1}
 
 
+def test_given_weights_are_the_same_for_every_seed(tmp_path):
+    jobs = plan(tmp_path, changed(stage1={"weights": weights(tmp_path / "orl.pth")}, repeats=3))
+    own = {rule: 3 * number for rule, number in SEED.items()}
+    shared = {"scenes": 1, "manifest": 1, "stage1": 1, "embed": 1, "report": 1}
+    assert jobs == {**own, **shared, "merge": 1 + 2 * 3, "voc07_svm": 1 + 2 * 3}
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
@@ -382,7 +476,7 @@ def test_folders_without_enough_photos(tmp_path, files, sentence):
     assert not (tmp_path / "results/tiny/manifest.csv").exists()
 
 
-def test_recall_is_measured_where_there_are_boxes(tmp_path):
+def test_recall_and_precision_are_measured_where_there_are_boxes(tmp_path):
     """Of photos in COCO layout whose file holds boxes; not where it only lists them, or where there is none."""
     root = tmp_path / "coco"
     (root / "train2017").mkdir(parents=True)
@@ -390,7 +484,8 @@ def test_recall_is_measured_where_there_are_boxes(tmp_path):
     (root / "boxes.json").write_text('{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}')
     for annotations, jobs in (({}, 0), ({"train2017": "lists.json"}, 0), ({"train2017": "boxes.json"}, 1)):
         data = {"layout": "coco", "root": str(root), "annotations": annotations}
-        assert plan(tmp_path, changed(data=data)).get("proposals_recall", 0) == jobs
+        found = plan(tmp_path, changed(data=data))
+        assert (found.get("proposals_recall", 0), found.get("pair_precision", 0)) == (jobs, jobs)
 
 
 def test_real_photos_with_odd_names_and_few_neighbours(tmp_path):

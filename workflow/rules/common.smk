@@ -145,7 +145,7 @@ def number_of(wildcards):
 
 def of(stage, *file):
     """Input function: where the stage lies for the run of wildcard v, or a file in its folder."""
-    return lambda wildcards: os.path.join(found(stage, wildcards.get("v", "")), *file)
+    return lambda wildcards: str(Path(found(stage, wildcards.get("v", "")), *file))
 
 
 def evaluated(wildcards):
