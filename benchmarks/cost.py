@@ -6,6 +6,7 @@ training that was interrupted counts from its last start.
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from orl.pretrain.loop import initial
 PHOTOS = 2  # of the step: batch statistics need more than one
 
 
+@cache
 def flops(settings: Stage1 | Stage3) -> float:
     """FLOPs of training on one photo."""
     model = initial(settings, 0).train()
@@ -47,7 +49,8 @@ if __name__ == "__main__":
     raw: dict = {}
     for path in sys.argv[1:]:
         raw = merge(raw, yaml.safe_load(Path(path).read_text()))
-    print("| model | epochs | GFLOP per photo | times the run's stage 1, in all | hours |\n| --- | --- | --- | --- | --- |")
+    print("| model | epochs | GFLOP per photo | times the run's stage 1, in all | hours |")
+    print("| --- | --- | --- | --- | --- |")
     whole = runs(raw)
     first = whole[""].stage1
     unit = flops(first) * first.optimizer.epochs

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from orl.networks.backbones import backbone
 
 pytest.importorskip("torchvision")
 
@@ -169,3 +174,26 @@ def test_no_photos_is_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "no JPEGs in it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["scenes-evidence", "coco-small"])
+def test_cost_and_that_stage_1_alone_costs_as_much_as_both_stages(name):
+    config = PROJECT / "config" / f"{name}.yaml"
+    text = output_of("cost", config)
+    long = yaml.safe_load(config.read_text())["variants"]["long"]["stage1"]["optimizer"]["epochs"]
+    assert abs(figure(text, r"stages 1 and 3: ([\d.]+)") - long) < 1
+    spent = {model: figure(text, rf"\| {model} \| \d+ \| [\d.]+ \| ([\d.]+) \|") for model in ("orl", "stage1-long")}
+    assert spent["stage1-long"] == pytest.approx(1 + spent["orl"], rel=0.02)
+
+
+def test_the_flops_of_a_training(tmp_path):
+    network = {"backbone": "resnet18", "hidden": 64, "projection": 32}
+    raw = {"name": "one", "stage1": {"network": network, "views": {"size": 64}}}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(raw))
+    with FlopCounterMode(display=False) as counter:
+        backbone("resnet18").eval()(torch.randn(1, 3, 64, 64))
+    projector, predictor = 2 * (512 * 64 + 64 * 32), 2 * (32 * 64 + 64 * 32)
+    # Both views: forward of online and target, backward to weights and to inputs; but for the photo, which needs none.
+    first = 2 * 64 * 3 * 7 * 7 * 32 * 32
+    passes = 8 * (counter.get_total_flops() + projector) + 6 * predictor - 2 * first
+    assert figure(output_of("cost", tmp_path / "one.yaml"), r"stage1 \| 800 \| ([\d.]+)") == round(passes / 1e9, 2)
