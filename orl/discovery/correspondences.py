@@ -75,7 +75,7 @@ def _pairs(
             for slot, (start, end) in enumerate(pairwise(ends)):
                 key = keys[start:end]
                 if config.correspondences.method == "random":
-                    flat = rng(config.seed, row, slot).choice(len(query) * len(key), count, replace=False)
+                    flat = rng(config.seed, 2, row, slot).choice(len(query) * len(key), count, replace=False)
                     *pair, similarity = _ordered(query, key, np.sort(flat), count)
                 else:
                     *pair, similarity = _best(query, key, product[:, start:end], count)

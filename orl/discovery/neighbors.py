@@ -84,7 +84,7 @@ def _random(
     for place, row in enumerate(rows.tolist()):
         own = np.searchsorted(pool, row)
         others = len(pool) - (own < len(pool) and pool[own] == row)
-        drawn = np.sort(rng(seed, row).choice(others, k, replace=False))
+        drawn = np.sort(rng(seed, 1, row).choice(others, k, replace=False))
         if others < len(pool):
             drawn += drawn >= own
         near = embedding[pool[drawn]] @ embedding[row]
