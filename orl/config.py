@@ -415,6 +415,7 @@ RESULT_VERSION: dict[str, int] = {
     **dict.fromkeys(USES, 1),
     "embeddings": 2,
     "neighbors": 2,
+    "pair_precision": 2,
     "rois": 2,
     "stage1": 3,
     "stage3": 3,

@@ -47,9 +47,10 @@ def evaluate(
     `model` is the name the result goes by; for `annotations`, see `proposals.evaluate`.
     Metrics, as shares from 0 to 1: `precision` of all `pairs`; `random_rois`, that of random boxes of the same pairs
     of photos; `random_photos`, that of random boxes of random photos; `on_object`, the share of kept boxes that
-    overlap any object. `by_neighbors`: precision [share][k] by the first `neighbors[k]` neighbours of each photo and
-    the most similar pairs of each two photos, as many as `shares[share]` times the photo's boxes (at least one);
-    `random_rois_by_neighbors`: likewise for random boxes, by neighbours alone.
+    overlap any object; `pairs_on_objects`, that of pairs of which both boxes do. `by_neighbors`: precision [share][k]
+    by the first `neighbors[k]` neighbours of each photo and the most similar pairs of each two photos, as many as
+    `shares[share]` times the photo's boxes (at least one); `random_rois_by_neighbors`: likewise for random boxes, by
+    neighbours alone.
     Raises InputError, having written nothing, where files do not belong together or no object is left.
     """
     manifest = artifacts.read_manifest(manifest_path)
@@ -83,7 +84,8 @@ def evaluate(
     query, rank = slot // k, slot % k
     other = np.asarray(found.neighbor).ravel()[slot]
     pair = np.asarray(found.pair, np.int64)
-    good = right(offsets[query] + pair[:, 0], offsets[other] + pair[:, 1])
+    ends = offsets[query] + pair[:, 0], offsets[other] + pair[:, 1]
+    good, on_object = right(*ends), np.count_nonzero(bits, axis=1) > 0
 
     random = rng(config.seed, 3)  # as 1 in neighbours and 2 in pairs: streams of their own
 
@@ -109,7 +111,8 @@ def evaluate(
             "precision": float(good.mean()),
             "random_rois": float(same_photos.mean()),
             "random_photos": float(right(drawn(one), drawn(two)).mean()),
-            "on_object": float(bits.any(1).mean()),
+            "on_object": float(on_object.mean()),
+            "pairs_on_objects": float((on_object[ends[0]] & on_object[ends[1]]).mean()),
             "neighbors": neighbors,
             "shares": shares,
             "by_neighbors": [[float(good[(rank < most) & some].mean()) for most in neighbors] for some in kept],

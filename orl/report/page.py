@@ -573,8 +573,9 @@ def _precisions(paths: Sequence[str]) -> list[Precision]:
         model = _given_once(path, result, found)
         with _result_of(path, "pairs"):
             metrics = result["metrics"]
-            right, same, other, on_object = (
-                100 * float(metrics[key]) for key in ("precision", "random_rois", "random_photos", "on_object")
+            right, same, other, *on_objects = (
+                100 * float(metrics[key])
+                for key in ("precision", "random_rois", "random_photos", "on_object", "pairs_on_objects")
             )
             times = right / other if other else math.nan
             neighbors = np.array(metrics["neighbors"], int)
@@ -584,13 +585,13 @@ def _precisions(paths: Sequence[str]) -> list[Precision]:
             if not len(neighbors) or any(curve.shape != neighbors.shape for curve in curves):
                 raise ValueError("neighbors and precisions differ in number")
             lines = [Line(name, neighbors, curve) for name, curve in zip(names, curves, strict=True)]
-            found[model] = [float(metrics["pairs"]), right, same, other, times, on_object], lines
+            found[model] = [float(metrics["pairs"]), right, same, other, times, *on_objects], lines
     precisions = []
     for arm, models in by_arm(found).items():
         means = [mean(values) for values in zip(*(found[model][0] for model in models), strict=True)]
         cells = [
             f"{means[0].value:,.0f}",
-            *(one.text(digits) for one, digits in zip(means[1:], (2, 2, 2, 2, 1), strict=True)),
+            *(one.text(digits) for one, digits in zip(means[1:], (2, 2, 2, 2, 1, 2), strict=True)),
         ]
         lines = found[models[0]][1]
         ends = "; ".join(f"{line.name} {line.y[-1]:.2f}" for line in lines)

@@ -130,6 +130,8 @@ def test_the_result_is_that_of_a_loop_over_all_pairs(case):
     assert metrics["precision"] == pytest.approx(np.mean([right for *_, right in pairs]))
     assert 0.05 < metrics["precision"] < 0.95
     assert metrics["on_object"] == pytest.approx(np.mean([bool(kinds) for photo in classes for kinds in photo]))
+    both = [bool(classes[row][here]) and bool(classes[other][there]) for row, _, other, _, here, there in case.each()]
+    assert metrics["pairs_on_objects"] == pytest.approx(np.mean(both))
     assert any(len(kinds) > 1 for photo in classes for kinds in photo)
     assert metrics["neighbors"] == [1, 2, 4]
     assert metrics["shares"] == [*(share for share in SHARES if share < 0.3), 0.3]
@@ -181,7 +183,7 @@ def test_where_every_box_is_an_object_of_one_class_all_pairs_are_right(case):
     ]
     case.images.append({"id": 113, "file_name": "0013.jpg"})
     metrics = case.write()["metrics"]
-    for key in ("precision", "random_rois", "random_photos", "on_object"):
+    for key in ("precision", "random_rois", "random_photos", "on_object", "pairs_on_objects"):
         assert metrics[key] == 1
     assert np.all(np.concatenate([*metrics["by_neighbors"], metrics["random_rois_by_neighbors"]]) == 1)
 

@@ -108,6 +108,7 @@ PRECISION = {
     "random_rois": 0.015,
     "random_photos": 0.01,
     "on_object": 0.25,
+    "pairs_on_objects": 0.08,
     "neighbors": [1, 2, 6],
     "shares": [0.02, 0.1],
     "by_neighbors": [[0.05, 0.045, 0.04], [0.04, 0.035, 0.03]],
@@ -392,8 +393,8 @@ def test_precision_of_the_pairs(tmp_path: Path) -> None:
     times = np.array([3.0, 2.5])
     assert page.table("Pairs")[1:3] == [
         ["pairs", "2", "24,500", "4.00 ± 1.00", "1.50 ± 0.00", "1.50 ± 0.50",
-         f"{times.mean():.2f} ± {times.std(ddof=1) / math.sqrt(2):.2f}", "25.0 ± 0.0"],
-        [ODD, "1", "24,000", "3.00", "1.50", "0.00", "–", "25.0"],
+         f"{times.mean():.2f} ± {times.std(ddof=1) / math.sqrt(2):.2f}", "25.0 ± 0.0", "8.00 ± 0.00"],
+        [ODD, "1", "24,000", "3.00", "1.50", "0.00", "–", "25.0", "8.00"],
     ]  # fmt: skip
     assert "same class by an IoU of at least 0.5" in page.text
     assert (
