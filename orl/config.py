@@ -419,7 +419,7 @@ RESULT_VERSION: dict[str, int] = {
     "rois": 2,
     "stage1": 3,
     "stage3": 3,
-    "voc07_svm": 2,
+    "voc07_svm": 3,
 }
 
 SHARED_WITH_STAGE1 = ("network", "views", "optimizer")

@@ -151,6 +151,37 @@ def test_constant_features_score_at_chance() -> None:
     assert found["chance_mAP"] == pytest.approx(30)
 
 
+@pytest.mark.parametrize(("photos", "width"), [(40, 3), (60, 90)])
+@pytest.mark.parametrize("cost", [0.01, 1.0, 10.0, 1000.0])
+def test_solve(photos: int, width: int, cost: float) -> None:
+    """At the optimum of ½|w|² + ½b² + cost · sum of weighted squared hinge losses its gradient is 0."""
+    features, label = problem(12, photos, width, 1)
+    x, y = svm.normalize(features), np.where(label[:, 0] > 0, 1, -1)
+    x[1] = x[0]  # a photo twice
+    gram = x @ x.T + 1
+    dual = svm.solve(gram, y, cost)
+    w, b = dual @ x, dual.sum()
+    slope = -2 * cost * np.where(y > 0, 2, 1) * y * np.maximum(0, 1 - y * (x @ w + b))
+    np.testing.assert_allclose(w + slope @ x, 0, atol=1e-8 * cost)
+    assert b + slope.sum() == pytest.approx(0, abs=1e-8 * cost)
+    for guess in (np.zeros(photos), np.full(photos, 2.0), y * np.linspace(-3, 3, photos)):
+        np.testing.assert_allclose(svm.solve(gram, y, cost, guess), dual, atol=1e-9 * cost)
+
+
+def test_machines_are_those_of_scikit_learn() -> None:
+    """Where LIBLINEAR is given the rounds that it needs; with the protocol's it stops before."""
+    features, label = problem(13, 120, 40, 1)
+    x, y = svm.normalize(features), np.where(label[:, 0] > 0, 1, -1)
+    costs = [0.001, 0.1, 1.0, 10.0, 100.0]
+    exact, plain = (list(svm.machines(x, y, costs, gram)) for gram in (x @ x.T + 1, None))
+    assert [converged for _, _, converged in exact] == [True] * 5
+    assert [converged for _, _, converged in plain] == [True] * 4 + [False]
+    for cost, (weights, intercept, _) in zip(costs, exact, strict=True):
+        model = LinearSVC(C=cost, **{**svm.SVM, "tol": 1e-9, "max_iter": 10**6}).fit(x, y)
+        near = 1e-6 if cost >= svm.EXACT_COST else 1e-3
+        np.testing.assert_allclose(x @ weights + intercept, model.decision_function(x), atol=near * (1 + cost))
+
+
 def test_shorten() -> None:
     rng = np.random.default_rng(0)
     x, tx = rng.standard_normal((6, 20)), rng.standard_normal((9, 20))
