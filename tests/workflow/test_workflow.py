@@ -470,6 +470,7 @@ def test_folders_without_enough_photos(tmp_path, files, sentence):
             (photos / name).write_bytes(content)
     done = snakemake(tmp_path, changed(data={"layout": "folder", "root": str(photos)}))
     assert done.returncode == 1  # Snakemake's own, for a failed job
+    assert "non-zero exit code" in done.stdout + done.stderr  # the command's own failure, not its missing output
     log = (tmp_path / "results/tiny/logs/manifest.log").read_text().splitlines()[-1]
     assert log.startswith("orl manifest: ")
     assert sentence in log

@@ -70,8 +70,9 @@ for task in ("voc07_svm",):
             "models", "downstream"
         )
 
-# Rules run `orl`: the one installed beside this Python, activated or not.
-shell.prefix(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
+# Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
+BIN = shlex.quote(str(Path(sys.executable).parent))
+shell.prefix(f'set -euo pipefail; export PATH={BIN}:"$PATH"; ')
 
 LEDGER = Path(RESULTS, "variants.json")
 try:
