@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,20 +111,21 @@ def machines(
     `train` float64 [n, D], from `normalize`; `target` [n]: 1 or -1. With `gram` (see `solve`), costs from EXACT_COST
     on are solved exactly; the others, which LIBLINEAR solves in a few rounds, and all without it, by LIBLINEAR.
     """
-    margin = None
+    machine = None
     for cost in costs:
-        dual = solve(gram, target, cost, margin) if gram is not None and cost >= EXACT_COST else None
+        dual = None
+        if gram is not None and cost >= EXACT_COST:
+            margin = None if machine is None else target * (train @ machine[0] + machine[1])
+            dual = solve(gram, target, cost, margin)
         if dual is not None:
-            weights, intercept, converged = dual @ train, float(dual.sum()), True
+            machine = dual @ train, float(dual.sum()), True
         else:
             model = LinearSVC(C=cost, **SVM)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # told instead
                 model.fit(train, target)
-            weights, intercept = model.coef_[0], float(model.intercept_[0])
-            converged = bool(model.n_iter_ < model.max_iter)
-        margin = target * (train @ weights + intercept)
-        yield weights, intercept, converged
+            machine = model.coef_[0], float(model.intercept_[0]), bool(model.n_iter_ < model.max_iter)
+        yield machine
 
 
 @dataclass(frozen=True)
@@ -172,22 +173,22 @@ def fit_class(
     costs = sorted(costs)
     converged = []
 
-    def scores(rows: np.ndarray, costs: Sequence[float], photos: np.ndarray) -> Iterator[np.ndarray]:
-        """Of `photos` [m, D] by the SVM of each cost, fitted to the training photos `rows`."""
-        part = None if gram is None else gram[np.ix_(rows, rows)]
-        for weights, intercept, done in machines(train[rows], target[rows], costs, part):
+    def scores(found: Iterable[tuple[np.ndarray, float, bool]], photos: np.ndarray) -> Iterator[np.ndarray]:
+        """Of `photos` [m, D] by each machine."""
+        for weights, intercept, done in found:
             converged.append(done)
             yield photos @ weights + intercept
 
     # One BLAS thread: the classes share the cores, and sums do not depend on the number of workers.
     with threadpool_limits(1):
-        found = [  # [fold][cost]
-            [average_precision_score(target[held], score) for score in scores(kept, costs, train[held])]
-            for kept, held in _folds(target, folds)
-        ]
+        found = []  # [fold][cost]
+        for kept, held in _folds(target, folds):
+            part = None if gram is None else gram[np.ix_(kept, kept)]
+            fitted = machines(train[kept], target[kept], costs, part)
+            found.append([average_precision_score(target[held], score) for score in scores(fitted, train[held])])
         # argmax takes the first of equals, the lowest
         cost = costs[np.argmax(np.mean(found, 0))] if found else min(costs, key=lambda cost: abs(np.log(cost)))
-        (score,) = scores(np.arange(len(train)), [cost], test)
+        (score,) = scores(machines(train, target, [cost], gram), test)
     return Fitted(average_precision(score, test_label), cost, bool(found), len(converged), converged.count(False))
 
 
