@@ -1,8 +1,10 @@
 """Each benchmark runs as its README says, at a size where its figures mean nothing."""
 
+import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +22,10 @@ PROJECT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 
 
-def output_of(name, *options):
+def output_of(name, *options, folder=PROJECT):
     """What a benchmark prints, all its figures being numbers."""
     command = [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), *map(str, options)]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"\b(nan|inf)\b", done.stdout)
     return done.stdout
@@ -198,3 +200,26 @@ def test_the_flops_of_a_training(tmp_path):
     first = 2 * 64 * 3 * 7 * 7 * 32 * 32
     passes = 8 * (counter.get_total_flops() + projector) + 6 * predictor - 2 * first
     assert figure(output_of("cost", tmp_path / "one.yaml"), r"stage1 \| 800 \| ([\d.]+)") == round(passes / 1e9, 2)
+
+
+def test_controls_of_the_evidence(tmp_path, tiny, model_folder):
+    from orl.config import Scenes
+    from orl.data.scenes import generate
+
+    raw = tiny.model_dump(mode="json")
+    raw.update(name="one", data={"layout": "scenes", "scenes": {"train": 40, "val": 40}})
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(raw))
+    results = tmp_path / "results" / "one"
+    generate(results / "scenes", Scenes(train=40, val=40))
+    shutil.copytree(model_folder, results / "models" / "stage1")
+    data = {"root": str(results / "scenes/VOCdevkit/VOC2007"), "layout": "voc"}
+    result = {
+        "data": {**data, "train_split": "trainval", "test_split": "test"},
+        "settings": {"downstream": {"voc07_svm": {"resize": 36, "size": 32}}},
+    }
+    (results / "downstream" / "stage1").mkdir(parents=True)
+    (results / "downstream" / "stage1" / "voc07_svm.json").write_text(json.dumps(result))
+    text = output_of("controls", tmp_path / "one.yaml", "--steps", 1, folder=tmp_path)
+    assert 0 < figure(text, r"\| stage1 \| [\d.]+ \| ([\d.]+) \|") < 100
+    for kind in ("itself", "class", "random"):
+        assert 0 < figure(text, rf"\| {kind} \| 1 \| ([\d.]+) \| [\d.]+ \|") < 8
