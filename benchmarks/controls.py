@@ -26,10 +26,10 @@ from orl.data.labels import read_splits
 from orl.data.views import rng
 from orl.downstream.svm import average_precision
 from orl.networks import backbones
-from orl.pretrain.augment import augment, draw
 from orl.pretrain.byol import BYOL
 from orl.pretrain.schedule import learning_rate, momentum
 from orl.report.repeats import arm_of
+from orl.training.augment import augment, draw
 
 PENALTIES = np.logspace(0, 5, 11)
 BATCH = 64

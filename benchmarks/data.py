@@ -39,9 +39,9 @@ from orl.config import Stage1, Views
 from orl.data.decode import decode, resize_crop
 from orl.data.views import random_resized_crop, rng
 from orl.networks.backbones import MEAN, STD, device
-from orl.pretrain import augment as own
-from orl.pretrain.augment import SOLARIZE_THRESHOLD, augment, draw
 from orl.pretrain.samples import ImageViews
+from orl.training import augment as own
+from orl.training.augment import SOLARIZE_THRESHOLD, augment, draw
 
 KERNEL = 23  # of the blurs that want a kernel's width: a tenth of the view, as BYOL's
 

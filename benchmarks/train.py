@@ -41,9 +41,10 @@ from torch.utils.data import default_collate
 
 from orl import artifacts, config
 from orl.config import Config, Network
-from orl.pretrain.checkpoint import State
-from orl.pretrain.loop import _Run, between, initial, mark
+from orl.pretrain.loop import _Run, initial
 from orl.pretrain.samples import ImageViews, ObjectViews
+from orl.training.checkpoint import State
+from orl.training.loop import between, mark
 
 GFLOP = 65.6  # of an image, stage 1, ResNet-50 at 224 px
 STAGE3 = 1.37  # times that

@@ -2,40 +2,29 @@
 
 import itertools
 import math
-import os
-import resource
-import shutil
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from orl import InputError, artifacts
 from orl.config import Config, Stage1, Stage3, used
 from orl.data.views import rng
 from orl.networks import backbones, ema
 from orl.networks.ema import Pair
-from orl.pretrain import ranks
-from orl.pretrain.augment import augment, send
 from orl.pretrain.byol import BYOL
-from orl.pretrain.checkpoint import State
 from orl.pretrain.lars import LARS
 from orl.pretrain.moco import MoCo
 from orl.pretrain.orl import ORL
-from orl.pretrain.samples import SHUFFLE, Batches, ImageViews, Loader, ObjectViews
+from orl.pretrain.samples import SHUFFLE, ImageViews, ObjectViews
 from orl.pretrain.schedule import learning_rate, momentum
 from orl.pretrain.simclr import SimCLR
+from orl.training.augment import augment, send
+from orl.training.checkpoint import State
+from orl.training.loop import Run, processes
 
 COLLAPSED = 0.05  # of the feature standard deviation, which is 1 for directions spread evenly and 0 for a single one
 SPREAD = ("feature_std", "alignment", "uniformity")
@@ -77,24 +66,6 @@ def random(config: Config, output: Path) -> None:
     """Write the networks of stage 1 as they are before training (BYOL's; the backbone is that of every method)."""
     stamp = artifacts.stamp(artifacts.MODEL, used(config, "random"), {})
     write_model(output, BYOL(config.stage1, torch.Generator().manual_seed(config.seed)), stamp)
-
-
-@contextmanager
-def processes() -> Iterator[None]:
-    """Those that torchrun started train together inside this (see `ranks`); any other process by itself."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise InputError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but {torch.cuda.device_count()} "
-                f"GPUs are visible; start one for each."
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield
-    dist.destroy_process_group()  # not after an error: the others may be waiting for this process; torchrun ends them
 
 
 def train(
@@ -149,15 +120,7 @@ def train(
 
     stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), inputs)
     with processes():
-        run = _Run(
-            config,
-            stage,
-            settings,
-            dataset,
-            max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-            compile,
-            deterministic,
-        )
+        run = _Run(config, stage, settings, dataset, threads, compile, deterministic)
         state = State(output / "state", stamp["fingerprint"], lock=run.rank == 0)
         run.loop(state, checkpoint_minutes * 60, log_every)
         if run.rank == 0:
@@ -166,8 +129,8 @@ def train(
             artifacts.write_csv(output / "metrics.csv", columns, [[row[name] for name in columns] for row in run.rows])
 
 
-class _Run:
-    """A training in progress; everything that a checkpoint holds is in `saved` and `restore`."""
+class _Run(Run):
+    """A training of stage 1 or 3 in progress."""
 
     def __init__(
         self,
@@ -179,75 +142,20 @@ class _Run:
         compile: bool,
         deterministic: bool,
     ) -> None:
-        self.stage, self.dataset, self.threads, self.seed = stage, dataset, threads, config.seed
-        self.schedule, self.rank, self.size = settings.optimizer, ranks.rank(), ranks.count()
-        self.device = backbones.device()
-        on_gpu = self.device.type == "cuda"
-        precision = {"auto": "bfloat16" if on_gpu else "float32"}.get(config.precision, config.precision)
-        self.autocast = torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
-        if not on_gpu:
-            torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = not deterministic
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        self.schedule = schedule = settings.optimizer
+        self.rate_key = f"{stage}.optimizer.lr"
+        lengths = schedule.batch, schedule.epochs, config.seed
+        super().__init__(stage, dataset, *lengths, config.precision, threads, deterministic, schedule.accumulation)
+        model = initial(settings, config.seed)
+        options: dict[str, Any] = {"momentum": schedule.momentum, "weight_decay": schedule.weight_decay}
 
-        self.model: Any = initial(settings, config.seed).to(self.device).train()
-        self.model.to(memory_format=torch.channels_last)  # faster on the CPU as well
-        if self.size > 1 and on_gpu and not isinstance(self.model, MoCo):  # whose statistics are of small groups
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.forward: Any = self.model
-        if self.size > 1:
-            self.forward = DistributedDataParallel(
-                self.model,
-                [self.device.index] if on_gpu else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        if compile:
-            if not shutil.which(os.environ.get("CXX", "g++")):
-                raise InputError(
-                    "compute.compile needs a C++ compiler, and g++ is not there; install it or set it to false."
-                )
-            self.forward = torch.compile(self.forward)
-        self.no_sync = self.forward.no_sync if self.size > 1 else nullcontext
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        options: dict[str, Any] = {"momentum": self.schedule.momentum, "weight_decay": self.schedule.weight_decay}
-        self.optimizer: torch.optim.Optimizer
-        if isinstance(self.model, SimCLR):
-            self.optimizer = LARS(trained, 0.0, **options, trust=self.schedule.lars_trust)
-        else:
-            self.optimizer = torch.optim.SGD(trained, 0.0, **options, fused=on_gpu or None)
-            for parameter in trained:  # else a first step that float16 skips would leave what the memory held
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.steps_per_epoch = len(dataset.manifest) // self.schedule.batch
-        self.total_steps = self.steps_per_epoch * self.schedule.epochs
-        self.step = 0
-        self.rows: list[dict[str, float]] = []  # of metrics.csv, one per finished epoch
-        self.sums: dict[str, Tensor] = {}  # of the epoch so far, on the device: reading them would stall it
-        self.bad_step = torch.tensor(-1, device=self.device)  # the first step whose loss was not finite
+        def optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+            if isinstance(model, SimCLR):
+                return LARS(trained, 0.0, **options, trust=schedule.lars_trust)
+            return torch.optim.SGD(trained, 0.0, **options, fused=self.on_gpu or None)
 
-    def saved(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "rows": self.rows,
-            "sums": self.sums,
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        own = [group.get("fused") for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, fused in zip(self.optimizer.param_groups, own, strict=True):
-            group["fused"] = fused  # not that of the device on which it was saved
-        self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.rows = saved["step"], saved["rows"]
-        self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
+        # MoCo's statistics are of small groups.
+        self.prepare(model, optimizer, not isinstance(model, MoCo), compile)
 
     def augmented(self, views: list[Tensor], parameters: Tensor) -> list[Tensor]:
         """The network's inputs from views uint8 [B, S, S, 3] with augmentation parameters [B, views, columns]."""
@@ -261,8 +169,8 @@ class _Run:
 
     def train_step(self, parts: list[list]) -> None:
         """One optimizer step on the parts of a batch: views and their augmentation parameters."""
-        rate = self.schedule.lr * self.schedule.batch / 512
-        schedule = (self.schedule.epochs, rate, self.schedule.warmup_epochs)
+        rate = self.schedule.lr * self.batch / 512
+        schedule = (self.epochs, rate, self.schedule.warmup_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps_per_epoch, *schedule)
         self.optimizer.zero_grad()
@@ -276,13 +184,8 @@ class _Run:
                     losses, projections = self.forward(*images)
                     loss = torch.stack(list(losses.values())).sum() / len(parts)
                 self.scaler.scale(loss).backward()
-            measured = {name: value.detach() for name, value in losses.items()} | spread(projections)
-            for name, value in measured.items():
-                self.sums[name] = self.sums.get(name, 0) + value / len(parts)
-            is_first_bad = ~loss.detach().isfinite() & (self.bad_step < 0)
-            self.bad_step = torch.where(is_first_bad, self.step, self.bad_step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.measure(loss, losses | spread(projections.detach()), 1 / len(parts))
+        self.update()
         if isinstance(self.model, Pair):
             self.model.update_target(self.momentum(self.step))
         self.step += 1
@@ -293,30 +196,13 @@ class _Run:
             self.schedule.ema if self.model.constant_momentum else momentum(step, self.total_steps, self.schedule.ema)
         )
 
-    def check_finite(self, state: State) -> None:
-        """Raise InputError, in every process, if a loss was not finite or the last step spoilt the weights."""
-        bad = self.bad_step.clone()
-        if self.size > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad < 0 and not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            bad = torch.tensor(self.step)
-        if bad >= 0:
-            kept = (
-                f"the last good checkpoint is kept as {state.path}" if state.path.exists() else "nothing is saved yet"
-            )
-            raise InputError(
-                f"{self.stage}: the loss of step {int(bad)} is not finite; lower {self.stage}.optimizer.lr ({kept})."
-            )
-
     def means(self) -> dict[str, float]:
-        """What was measured in the epoch so far, mean over its steps and the processes."""
-        steps = (self.step - 1) % self.steps_per_epoch + 1
-        values = torch.stack(list(self.sums.values())) / steps / self.size
-        if self.size > 1:
-            dist.all_reduce(values)
-        found = dict(zip(self.sums, values.tolist(), strict=True))
+        found = self.averages()
         losses = {f"loss_{name}": value for name, value in found.items() if name not in SPREAD}
         return {"loss": sum(losses.values()), **losses, **{name: found[name] for name in SPREAD}}
+
+    def told(self, means: dict[str, float]) -> str:
+        return f"loss {means['loss']:.3f}, feature std {means['feature_std']:.2f}"
 
     def end_epoch(self) -> None:
         row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **self.means()}
@@ -330,142 +216,3 @@ class _Run:
                 f"warning: the representation has collapsed (epoch {row['epoch']}, feature standard deviation "
                 f"{row['feature_std']:.3f}); lower the learning rate"
             )
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
-            sys.stderr.flush()
-
-    def start(self, state: State) -> None:
-        """Go on from the checkpoint, if there is one."""
-        if self.size > 1:
-            dist.barrier()  # until the first process has the lock
-        saved = state.load()
-        if saved:
-            try:
-                self.restore(saved)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                detail = " ".join(str(error).split())[:120]
-                raise InputError(f"{state.path}: is of another model ({detail}); delete it to train anew.") from None
-            self.say(f"going on from step {self.step} of {self.total_steps} ({state.path})")
-        elif state.others:
-            self.say(
-                f"a new run: the checkpoints in {state.path.parent.parent} are of other settings (more epochs are "
-                f"others, too), inputs or versions, and are left alone"
-            )
-
-    def loop(self, state: State, checkpoint_seconds: float, log_every: int) -> None:
-        """Train to the end; saves on a clock, at epoch ends and on SIGTERM."""
-        stop: list[bool] = []
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-        self.start(state)
-        first, parts = self.step, self.schedule.accumulation
-        if parts > 1:
-            self.say(f"gradient accumulation: batch statistics are of {self.schedule.batch // parts} photos each")
-        photos = len(self.dataset.manifest), self.schedule.batch, self.schedule.epochs
-        batches = Batches(*photos, self.seed, first, parts, self.rank, self.size)
-        # On the CPU the network needs the cores; one worker fetches ahead.
-        on_gpu = self.device.type == "cuda"
-        workers = max(1, self.threads - 1) if on_gpu else min(1, self.threads - 1)
-        clock, last_save = _Clock(), time.monotonic()
-        with (
-            Loader(self.dataset, batches, workers, on_gpu) as found,
-            tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
-            SummaryWriter(state.path.parent / "tensorboard", purge_step=first + 1)
-            if self.rank == 0
-            else nullcontext() as board,
-        ):
-            while self.step < self.total_steps:
-                with clock.waiting():
-                    batch = [next(found) for _ in range(parts)]
-                self.train_step(batch)
-                bar.update()
-                asked = torch.tensor([bool(stop), time.monotonic() - last_save > checkpoint_seconds], dtype=torch.int32)
-                if self.size > 1:
-                    dist.all_reduce(asked, dist.ReduceOp.MAX)  # all processes save and stop at the same step
-                save = self.step % self.steps_per_epoch == 0 or bool(asked.any())
-                log = self.step % log_every == 0 or self.step == self.total_steps
-                if save or log:
-                    self.check_finite(state)
-                if log:
-                    self.log(self.means(), clock.lap(self.step - first), bar, board)
-                if self.step % self.steps_per_epoch == 0:
-                    self.end_epoch()
-                if save:
-                    if self.rank == 0:
-                        state.save(self.saved())
-                    last_save = time.monotonic()
-                if asked[0]:
-                    break
-        if self.step < self.total_steps:
-            self.say(f"stopped at step {self.step}; run again to go on")
-            sys.exit(128 + signal.SIGTERM)
-        if self.step > first:
-            seconds, wait = clock.total()
-            trained = (self.step - first) * self.schedule.batch
-            self.say(
-                f"done: {trained} photos in {seconds:.0f} s ({trained / seconds:.0f} photos/s, data wait {wait:.0%}), "
-                f"{_peak_memory(self.device)}"
-            )
-
-    def log(self, means: dict[str, float], lap: tuple[int, float, float], bar: tqdm, board: Any) -> None:
-        steps, seconds, wait = lap
-        rate, left = steps * self.schedule.batch / seconds, (self.total_steps - self.step) / steps * seconds
-        text = f"loss {means['loss']:.3f}, feature std {means['feature_std']:.2f}, "
-        text += f"{rate:.0f} photos/s, data wait {wait:.0%}"
-        bar.set_postfix_str(text)
-        if bar.disable:
-            epoch = self.step / self.steps_per_epoch
-            self.say(f"step {self.step}/{self.total_steps}, epoch {epoch:.1f}, {text}, {left / 60:.1f} min left")
-        if board:
-            for name, value in {**means, "photos_per_second": rate, "data_wait": wait}.items():
-                board.add_scalar(f"{self.stage}/{name}", value, self.step)
-
-
-def mark() -> Any:
-    """A moment; of a GPU by its own clock: while it still works, the program may wait for data at no cost."""
-    if not torch.cuda.is_available():
-        return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    """Seconds from one `mark` to another; on a GPU, once it has come to both."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
-
-
-class _Clock:
-    """How long a training takes, and which share of it the device waits for data; in all and since the last lap."""
-
-    def __init__(self) -> None:
-        self.began, self.waited = time.monotonic(), 0.0
-        self.last = (0, self.began)  # steps and time at the last lap
-        self.marks: list[tuple[Any, Any]] = []  # of each wait since then
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = mark()
-        yield
-        self.marks.append((start, mark()))
-
-    def lap(self, steps: int) -> tuple[int, float, float]:
-        """Steps, seconds and share of waiting since the last lap, of which `steps` is the number since the start."""
-        waited = sum(between(start, end) for start, end in self.marks)
-        now, (before, start) = time.monotonic(), self.last
-        self.last, self.marks = (steps, now), []
-        self.waited += waited
-        return steps - before, now - start, waited / (now - start)
-
-    def total(self) -> tuple[float, float]:
-        """Seconds, and share of waiting up to the last lap."""
-        seconds = time.monotonic() - self.began
-        return seconds, self.waited / seconds
-
-
-def _peak_memory(device: torch.device) -> str:
-    """On Linux."""
-    if device.type == "cuda":
-        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"

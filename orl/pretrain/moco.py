@@ -8,7 +8,7 @@ from torch.nn.functional import batch_norm, cross_entropy, normalize
 from orl import InputError
 from orl.config import Stage1
 from orl.networks.ema import Pair
-from orl.pretrain import ranks
+from orl.training import ranks
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):

@@ -1,31 +1,20 @@
-"""Samples of stage 1 and stage 3: uint8 views cut on the CPU, with the parameters of their augmentation.
-
-Every random number derives from (seed, epoch, photo, view), so that neither the number of workers nor an
-interruption changes a sample. A sample's key is (epoch, row of the manifest).
-"""
+"""Samples of stage 1 and stage 3: uint8 views cut on the CPU, with the parameters of their augmentation."""
 
 import os
-import signal
-from collections.abc import Iterator
-from ctypes import Array
-from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from orl import InputError
 from orl.artifacts import Correspondences, Manifest, Proposals
 from orl.config import Stage1, Stage3
 from orl.data.decode import Exif, resize_crop
 from orl.data.manifest import load
 from orl.data.views import Box, jitter_box, random_resized_crop, rng
-from orl.pretrain.augment import draw
-from orl.workers import check_shared_memory
+from orl.training.augment import draw
+from orl.training.batches import Samples
 
 Sample = tuple[tuple[np.ndarray, ...], np.ndarray]
-ORDER, CHOICE, SHUFFLE = 100, 101, 102  # numbers that no view has: of an epoch's order, a sample's choices, MoCo
-PREFETCH = 2  # batches that each worker prepares ahead
+CHOICE, SHUFFLE = 101, 102  # numbers that no view has, as ORDER: of a sample's choices, and MoCo's
 
 
 class Cut(NamedTuple):
@@ -37,55 +26,24 @@ class Cut(NamedTuple):
     parameters: np.ndarray
 
 
-class Batches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of keys from optimizer step `start` on; an epoch's last, smaller batch is dropped.
-
-    A step's `batch` photos are cut into `parts` (gradient accumulation), and each part among the `size` processes.
-    """
-
-    def __init__(
-        self,
-        photos: int,
-        batch: int,
-        epochs: int,
-        seed: int,
-        start: int = 0,
-        parts: int = 1,
-        rank: int = 0,
-        size: int = 1,
-    ) -> None:
-        self.photos, self.batch, self.epochs, self.seed, self.start = photos, batch, epochs, seed, start
-        self.parts, self.rank, self.size = parts, rank, size
-        self.steps_per_epoch = photos // batch
-
-    def __len__(self) -> int:
-        return (self.steps_per_epoch * self.epochs - self.start) * self.parts
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
-            order = rng(self.seed, epoch, 0, ORDER).permutation(self.photos)
-            first = max(0, self.start - epoch * self.steps_per_epoch)
-            for step in range(first, self.steps_per_epoch):
-                rows = order[step * self.batch : (step + 1) * self.batch].reshape(self.parts, self.size, -1)
-                for part in rows[:, self.rank]:
-                    yield [(epoch, int(row)) for row in part]
-
-
-class ImageViews(Dataset):
+class ImageViews(Samples):
     """Stage 1: two crops of a photo, uint8 [S, S, 3] each, and augmentation parameters float32 [2, columns]."""
 
     def __init__(self, root: str, manifest: Manifest, exif: Exif, settings: Stage1 | Stage3, seed: int) -> None:
         self.root, self.manifest, self.exif = root, manifest, exif
         self.settings, self.seed = settings, seed
-        self.at: Array | None = None  # where each worker notes the row that it is at
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def file(self, row: int) -> str:
+        return os.path.join(self.root, str(self.manifest.path[row]))
 
     def bytes_per_photo(self) -> int:
-        """Size of a sample's views."""
         return 2 * 3 * self.settings.views.size**2
 
     def photo(self, row: int, reduce: int = 1) -> np.ndarray:
-        if self.at and (worker := get_worker_info()):
-            self.at[worker.id] = row
+        self.note(row)
         return load(self.root, self.manifest, row, self.exif, reduce)
 
     def size(self, row: int) -> tuple[int, int]:
@@ -172,52 +130,3 @@ class ObjectViews(ImageViews):
             parameters = draw(self.settings.views, view % 2, rng(self.seed, epoch, row, view))
             cuts.append(Cut(of, box, self.settings.patch, parameters))
         return self.sample(cuts)
-
-
-class Loader:
-    """Batches in order: views uint8 [B, S, S, 3] each, and parameters float32 [B, views, columns].
-
-    Inside a `with`, whose end also ends the worker processes. Raises InputError: too little shared memory, or a
-    worker that dies (out of memory, a fault in a library), with the photo that it was at.
-    """
-
-    def __init__(self, dataset: ImageViews, batches: Batches, workers: int, pin: bool) -> None:
-        self.dataset = dataset
-        self.at = get_context("fork").RawArray("q", max(1, workers))  # the row that each worker is at
-        dataset.at = self.at
-        if workers:
-            photos = batches.batch // batches.parts // batches.size
-            beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of the machine's processes has as many
-            needed = dataset.bytes_per_photo() * photos * (PREFETCH * workers + 1) * beside
-            check_shared_memory(needed, workers * beside)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
-            multiprocessing_context="fork" if workers else None,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_start_worker,
-        )
-
-    def __enter__(self) -> Iterator[list]:
-        self.found: Any = iter(self.loader)
-        return self.found
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not self.loader.num_workers:
-            return
-        dead = [number for number, worker in enumerate(self.found._workers) if not worker.is_alive()]
-        self.found._shutdown_workers()  # else Python waits for workers as long as they heed no SIGTERM
-        if isinstance(error, RuntimeError) and dead:
-            path = os.path.join(self.dataset.root, str(self.dataset.manifest.path[self.at[dead[0]]]))
-            raise InputError(
-                f"{path}: a worker process died at this photo (or its neighbour), for want of memory or by a fault in "
-                f"decoding; use fewer --threads or remove the photo."
-            ) from None
-
-
-def _start_worker(_: int) -> None:
-    # A cluster signals every process of a job: the workers must serve until the main one has saved (20 s at most).
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

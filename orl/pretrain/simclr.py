@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, normalize
 from orl.config import Stage1
 from orl.networks.backbones import initialize
 from orl.networks.ema import Encoder
-from orl.pretrain import ranks
+from orl.training import ranks
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:

@@ -21,8 +21,8 @@ from orl import InputError, NoRoomError
 from orl.config import merge, parse
 from orl.networks.ema import load_encoder
 from orl.pretrain import loop
-from orl.pretrain.checkpoint import State
 from orl.pretrain.samples import ImageViews
+from orl.training.checkpoint import State
 
 CONFIG = {
     "seed": 1,
@@ -74,8 +74,8 @@ def test_the_files_of_a_training(train, manifest, photos):
 
 def test_training_equals_a_plain_loop(train, photos, manifest):
     """Optimizer, schedule and EMA against the equations, with torch's own pieces put together by hand."""
-    from orl.pretrain.augment import augment
-    from orl.pretrain.samples import Batches, Loader
+    from orl.training.augment import augment
+    from orl.training.batches import Batches, Loader
 
     settings = parse(CONFIG).stage1
     torch.set_num_threads(1)

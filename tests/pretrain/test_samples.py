@@ -8,7 +8,8 @@ from orl.config import Config, Stage1, Stage3
 from orl.data.decode import decode, resize_crop
 from orl.data.manifest import build
 from orl.data.views import iou
-from orl.pretrain.samples import Batches, ImageViews, Loader, ObjectViews
+from orl.pretrain.samples import ImageViews, ObjectViews
+from orl.training.batches import Batches, Loader
 
 SETTINGS = Stage3.model_validate({"views": {"size": 32}, "patch": 24})
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from orl.config import Views
-from orl.pretrain import augment as A
+from orl.training import augment as A
 
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "coco-mini" / "train2017"
 
