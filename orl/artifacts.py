@@ -269,14 +269,14 @@ def fingerprint(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: str | os.PathLike, schema: str, shards: bool = False) -> list[np.ndarray]:
-    """The datasets of a file as read-only memory maps at their offsets in it. Raises InputError."""
+def _read(path: str | os.PathLike, schema: str, shards: bool = False, names: Sequence[str] = ()) -> list[np.ndarray]:
+    """The datasets of a file, or those named, as read-only memory maps at their offsets in it. Raises InputError."""
     arrays: list[np.ndarray] = []
     with _explained(path, "make it again"), h5py.File(path, "r") as file:
         _check_schema(path, file.attrs.get("schema"), schema)
         if "rows" in file.attrs and not shards:
             raise InputError(f"{path}: is one shard; `orl merge` all of them, and name the file that this makes.")
-        for name in LAYOUT[schema]:
+        for name in names or LAYOUT[schema]:
             dataset = file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.chunks or dataset.is_virtual or dataset.external:
                 raise ValueError(f"{name} is not stored in one piece")
@@ -399,14 +399,32 @@ class Correspondences:
     pair_offsets: np.ndarray
 
 
+@dataclass(frozen=True)
+class Features:
+    """Features of labelled photos by stage of the backbone (1 to 5), float32 [n, D]: training and test split."""
+
+    train: dict[int, np.ndarray]
+    test: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ClassFeatures:
+    """Pooled features of a labelled set, float16 unit rows: `train` [n, D] and `val` [m, D]."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
 EMBEDDINGS, NEIGHBORS, PROPOSALS = "orl.embeddings/1", "orl.neighbors/1", "orl.proposals/1"
 ROIS, CORRESPONDENCES, MODEL = "orl.rois/1", "orl.correspondences/1", "orl.model/1"
+FEATURES, CLASS_FEATURES = "orl.features/1", "orl.class_features/1"
 LAYOUT = {
     EMBEDDINGS: ("embedding",),
     NEIGHBORS: ("index", "similarity"),
     PROPOSALS: ("box", "box_offsets"),
     ROIS: ("feature",),
     CORRESPONDENCES: ("neighbor", "pair", "similarity", "pair_offsets"),
+    CLASS_FEATURES: ("train", "val"),
 }
 
 
@@ -433,6 +451,20 @@ def read_rois(path: str | os.PathLike) -> Rois:
 def read_correspondences(path: str | os.PathLike) -> Correspondences:
     """Read correspondences.h5. Raises InputError."""
     return Correspondences(*_read(path, CORRESPONDENCES))
+
+
+def read_features(path: str | os.PathLike, stages: Sequence[int]) -> Features:
+    """Read features of labelled photos, of these stages. Raises InputError, where one is missing, too."""
+    splits = [
+        dict(zip(stages, _read(path, FEATURES, names=[f"{split}_{stage}" for stage in stages]), strict=True))
+        for split in ("train", "test")
+    ]
+    return Features(*splits)
+
+
+def read_class_features(path: str | os.PathLike) -> ClassFeatures:
+    """Read features of a labelled set. Raises InputError."""
+    return ClassFeatures(*_read(path, CLASS_FEATURES))
 
 
 # Weights

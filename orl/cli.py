@@ -12,14 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from orl import InputError, NoRoomError, __version__, gpus
-from orl.config import Config, load
+from orl.config import Config, load, used
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
 rois -> correspond -> pretrain --stage stage3 -> evaluate -> report. `snakemake --cores all` runs it all.
+`evaluate` has several tasks; most start from a model's `features`.
 Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
+BACKBONE = ("--backbone", "FILE", "backbone.safetensors of any model")
+FEATURES = ("--features", "FILE", "features of the photos, made by `orl features`")
+SET = ("--set", "SET", "a labelled set, of downstream.sets")
+NAME = ("--name", "NAME", "what the result calls the model")
+ROOT_OF_LABELS: dict[str, Any] = {
+    "metavar": "FOLDER",
+    "help": "folder of the labelled photos (default: as in the settings)",
+}
 PROPOSALS = ("--proposals", "FILE", "proposals.h5, made by `orl propose`")
 
 
@@ -41,10 +50,10 @@ def _pretrain(args: argparse.Namespace, config: Config) -> None:
     if args.stage == "random":
         loop.random(config, Path(args.output))
         return
-    if args.stage == "stage1" and config.stage1.weights:
+    if args.stage == "supervised" or (args.stage == "stage1" and config.stage1.weights):
         from orl.pretrain import given
 
-        given.write(config, Path(args.output))
+        given.write(config, args.stage, Path(args.output))
         return
     root, manifest = _given(args, "root"), _given(args, "manifest")
     optimizer = config.stage3.optimizer if args.stage == "stage3" else config.stage1.optimizer
@@ -108,11 +117,87 @@ def _merge(args: argparse.Namespace, config: Config) -> None:
     merge(args.shards, args.output)
 
 
+def _features(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream import sets, svm
+
+    gpus.take_one(args.gpus)
+    from orl.downstream import features
+
+    files = (args.backbone, args.output, args.threads)
+    if args.set is None:
+        features.write_labels(config, *svm.read(config, args.root)[:2], *files)
+    else:
+        features.write_set(config, args.set, *sets.read(config, args.set, args.root), *files)
+
+
 def _voc07_svm(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.svm import evaluate
 
-    gpus.take_one(args.gpus)
-    evaluate(config, args.backbone, args.name, args.labels, args.output, args.threads)
+    evaluate(config, args.features, args.name, args.root, args.output, args.threads)
+
+
+def _voc07_lowshot(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.lowshot import evaluate
+
+    evaluate(config, args.features, args.name, args.root, args.output, args.threads)
+
+
+def _knn(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream import knn, sets
+
+    photos = sets.read(config, args.set, args.root)
+    knn.evaluate(config, args.set, args.features, args.name, *photos, args.output, args.threads)
+
+
+def _linear(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream import sets, supervised
+
+    job = supervised.linear_job(config, args.set, args.backbone, *sets.read(config, args.set, args.root))
+    _train_with_labels(args, config, job, used(config, f"linear.{args.set}"))
+
+
+def _subset(args: argparse.Namespace, config: Config) -> None:
+    from orl.data.classes import read_subset, subset, write_subset
+    from orl.downstream import sets
+
+    train, _ = sets.read(config, args.set, args.root)
+    given = {float(share): file for share, file in config.downstream.sets[args.set].lists.items()}.get(args.share)
+    rows = read_subset(given, train) if given else subset(train, args.share, config.seed)
+    write_subset(args.output, train, rows)
+
+
+def _semi_run(args: argparse.Namespace, config: Config) -> None:
+    from orl.data.classes import read_subset
+    from orl.downstream import semi, sets, supervised
+
+    if args.best is None and (args.lr is None or args.head is None):
+        raise InputError("semi_run needs --lr and --head, or --best and the results to choose them by; name them.")
+    lr, head = (args.lr, args.head) if args.best is None else semi.best(args.best)
+    train, val = sets.read(config, args.set, args.root)
+    photos = train, read_subset(args.list, train), val
+    job = supervised.semi_job(config, args.set, args.backbone, *photos, args.share, lr, head, args.run_number)
+    run = {"share": args.share, "lr": lr, "head": head, "number": args.run_number, "seed": job.seed}
+    _train_with_labels(args, config, job, {**used(config, f"semi.{args.set}"), "run": run})
+
+
+def _train_with_labels(args: argparse.Namespace, config: Config, job: Any, settings: dict) -> None:
+    from orl.downstream import supervised
+
+    gpus.start(args.gpus, job.batch, 1, args.threads, args.argv)
+    limits = args.threads, args.checkpoint_minutes, args.log_every
+    supervised.evaluate(config, job, args.set, args.task, args.name, args.output, settings, *limits)
+
+
+def _semi(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.semi import collect
+
+    collect(args.runs, args.name, args.output)
+
+
+def _fetch(args: argparse.Namespace, config: Config) -> None:
+    from orl.data.fetch import fetch
+
+    fetch(args.what, args.output, args.parts)
 
 
 def _recall(args: argparse.Namespace, config: Config) -> None:
@@ -179,6 +264,12 @@ def parser() -> argparse.ArgumentParser:
             help=f"GPUs to use at most (default: {most}); 0: the CPU. Waits while other jobs hold them",
         )
 
+    def trains(sub: argparse.ArgumentParser) -> None:
+        minutes_help = "minutes between checkpoints (default 15)"
+        sub.add_argument("--checkpoint-minutes", type=float, default=15, help=minutes_help)
+        sub.add_argument("--log-every", type=_count, default=50, help="steps between log lines (default 50)")
+        uses_gpu(sub, "all that are visible, one process on each")
+
     def takes_shard(sub: argparse.ArgumentParser) -> None:
         what = "only part NUMBER (from 1) of COUNT of the photos; `orl merge` joins them (those of rois stay apart)"
         sub.add_argument("--shard", type=_shard, metavar="NUMBER/COUNT", help=what)
@@ -224,17 +315,16 @@ def parser() -> argparse.ArgumentParser:
         output="folder of the model: backbone.safetensors, model.safetensors, metrics.csv",
         settings=["stage1 or stage3", "seed", "precision", "data.exif"],
     )
-    sub.add_argument("--stage", required=True, choices=["stage1", "stage3", "random"], help="random: no training")
+    stage_help = "random: no training; supervised: none either, the weights of that setting"
+    sub.add_argument("--stage", required=True, choices=["stage1", "stage3", "random", "supervised"], help=stage_help)
     for flag, metavar, what in (ROOT, MANIFEST):
         sub.add_argument(flag, metavar=metavar, help=what)
     sub.add_argument("--proposals", metavar="FILE", help="proposals.h5 (stage3)")
     sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5 (stage3)")
-    sub.add_argument("--checkpoint-minutes", type=float, default=15, help="minutes between checkpoints (default 15)")
-    sub.add_argument("--log-every", type=_count, default=50, help="steps between log lines (default 50)")
+    trains(sub)
     for flag, what in (("--compile", "compile the step"), ("--deterministic", "only deterministic operations")):
         help_text = f"1: {what} (default 0)"
         sub.add_argument(flag, type=int, choices=(0, 1), default=0, metavar="0|1", help=help_text)
-    uses_gpu(sub, "all that are visible, one process on each")
     sub = command(
         "embed",
         _embed,
@@ -295,21 +385,58 @@ def parser() -> argparse.ArgumentParser:
     takes_shard(sub)
     sub = command("merge", _merge, "join the shards of embed, propose or correspond", output="HDF5 file to write")
     sub.add_argument("shards", nargs="+", metavar="SHARD", help="all shards, in any order")
+    text = "compute a backbone's features of labelled photos: of downstream.voc07_svm, or with --set of a labelled set"
+    read = ["downstream.voc07_svm", "downstream.sets and downstream.knn", "data.exif"]
+    sub = command("features", _features, text, BACKBONE, output="HDF5 file to write", settings=read)
+    sub.add_argument("--set", metavar="SET", help=SET[2])
+    sub.add_argument("--root", **ROOT_OF_LABELS)
+    uses_gpu(sub, "1")
+    text = "choose the photos whose labels are used for semi_run: a share of each class, or the list of the settings"
+    sub = command("subset", _subset, text, SET, output="list to write", settings=["downstream.sets", "seed"])
+    sub.add_argument("--share", type=float, required=True, metavar="SHARE", help="share of the labels, above 0 to 1")
+    sub.add_argument("--root", **ROOT_OF_LABELS)
     text = "measure how good a backbone or the proposals are"
     sub = commands.add_parser("evaluate", help=text, description=f"{text.capitalize()}.")
     tasks = sub.add_subparsers(dest="task", required=True, metavar="TASK")
-    sub = command(
-        "voc07_svm",
-        _voc07_svm,
-        "multi-label linear SVM on a backbone's features by VOC07's protocol",
-        ("--backbone", "FILE", "backbone.safetensors of any model"),
-        ("--name", "NAME", "what the result calls the model"),
-        output="JSON to write",
-        settings=["downstream.voc07_svm", "data.exif"],
-        under=tasks,
-    )
-    sub.add_argument("--labels", metavar="FOLDER", help="labelled photos (default: downstream.voc07_svm.root)")
-    uses_gpu(sub, "1")
+
+    def evaluates(
+        name: str,
+        run: Callable[[argparse.Namespace, Config], None],
+        text: str,
+        *files: tuple[str, str, str],
+        settings: Sequence[str] = (),
+    ) -> argparse.ArgumentParser:
+        """A task that gives a model a score."""
+        sub = command(name, run, text, *files, NAME, output="JSON to write", settings=settings, under=tasks)
+        sub.add_argument("--root", **ROOT_OF_LABELS)
+        return sub
+
+    svm = ["downstream.voc07_svm"]
+    text = "multi-label linear SVM on a backbone's features by VOC07's protocol"
+    evaluates("voc07_svm", _voc07_svm, text, FEATURES, settings=svm)
+    text = "multi-label linear SVM on few photos of each class"
+    evaluates("voc07_lowshot", _voc07_lowshot, text, FEATURES, settings=["downstream.voc07_lowshot", *svm, "seed"])
+    text = "weighted k-nearest-neighbour classification, without training"
+    evaluates("knn", _knn, text, SET, FEATURES, settings=["downstream.knn", "downstream.sets"])
+    trained = ["downstream.sets", "seed", "precision", "data.exif"]
+    text = "linear classification on a frozen backbone, a head for each stage, going on where it was interrupted"
+    trains(evaluates("linear", _linear, text, SET, BACKBONE, settings=["downstream.linear", *trained]))
+    text = "fine-tune all layers on a share of the labels, once, going on where it was interrupted"
+    photos = ("--list", "FILE", "the photos whose labels are used, made by `orl subset`")
+    sub = evaluates("semi_run", _semi_run, text, SET, BACKBONE, photos, settings=["downstream.semi", *trained])
+    share_help = "share of the labels, of downstream.semi.shares"
+    sub.add_argument("--share", type=float, required=True, metavar="SHARE", help=share_help)
+    sub.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
+    sub.add_argument("--head", type=float, metavar="TIMES", help="multiple of it for the linear head")
+    best_help = "instead of both: results of this command, of which the best tells them"
+    sub.add_argument("--best", nargs="+", metavar="FILE", help=best_help)
+    number_help = "number of the run, which is added to the seed (default 0: a run of the grid)"
+    number = partial(_count, least=0)
+    sub.add_argument("--run", dest="run_number", type=number, default=0, metavar="NUMBER", help=number_help)
+    trains(sub)
+    text = "put the results of semi_run together: the best of the grid, mean and standard deviation"
+    sub = command("semi", _semi, text, NAME, output="JSON to write", under=tasks)
+    sub.add_argument("--runs", nargs="+", required=True, metavar="FILE", help="all results of semi_run for a model")
     sub = command(
         "proposals",
         _recall,
@@ -356,7 +483,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("neighbors", "proposals", "correspondences"):
         sub.add_argument(f"--{name}", metavar="FILE", help=f"{name}.h5 (all three of stage 2, or none of it)")
     sub.add_argument("--metrics", nargs="*", default=[], metavar="FILE", help="metrics.csv of each trained model")
-    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate voc07_svm`")
+    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of the tasks on models")
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     return whole

@@ -75,6 +75,8 @@ class Data(Section):
     """Folder of the photos (not for `scenes`); manifest paths are relative to it."""
     folders: list[str] = ["train2017"]
     """Image folders under `root` (`coco`); each is a part of the manifest. COCO+ adds unlabeled2017."""
+    fetch: bool = False
+    """Download the image `folders` of COCO, and its annotations, into `root` where they are not there (`coco`)."""
     annotations: dict[str, str] = {}
     """Per image folder, a COCO JSON under `root` that lists its photos (`coco`); without one, all its files."""
     exif: Literal["ignore", "apply"] = "ignore"
@@ -295,6 +297,11 @@ class Stage3(Section):
         return self
 
 
+Costs = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+COSTS = [*(0.5**i for i in range(19, 3, -1)), 1.0, 10.0, 100.0]
+Stages = Annotated[list[Annotated[int, Field(ge=1, le=5)]], Field(min_length=1)]
+
+
 class Voc07Svm(Section):
     """Multi-label linear SVM by VOC07's protocol (ORL release, benchmarks)."""
 
@@ -302,6 +309,8 @@ class Voc07Svm(Section):
     """Layout of the labels: VOCdevkit/VOC2007, or COCO with annotations/instances_SPLIT.json."""
     root: str | None = None
     """Folder of the labelled photos; not given: the generated scenes where `data.layout` is scenes, else no SVM."""
+    fetch: bool = False
+    """Download VOC2007 into the folder above `root` (.../VOCdevkit/VOC2007) if it is not there (`voc`; 0.9 GB)."""
     train: str | None = None
     """Training split; not given: trainval (voc), train2017 (coco)."""
     test: str | None = None
@@ -310,22 +319,138 @@ class Voc07Svm(Section):
     """Short side before squashing, pixels."""
     size: Annotated[int, Field(ge=32)] = 224
     """Side of the squashed photo, pixels."""
-    costs: list[Annotated[float, Field(gt=0)]] = [*(0.5**i for i in range(19, 3, -1)), 1.0, 10.0, 100.0]
+    stages: Stages = [1, 2, 3, 4, 5]
+    """Stages of the backbone whose features are evaluated; the last is the result by which models are compared."""
+    costs: Costs = COSTS
     """SVM costs, of which each class takes the one with the best cross-validated AP."""
     folds: Annotated[int, Field(ge=2)] = 3
     """Folds of the cross-validation (stratified, unshuffled)."""
 
+
+class Voc07Lowshot(Section):
+    """SVMs on few photos of each class (ORL release, benchmarks); photos and features are those of `voc07_svm`."""
+
+    shots: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 4, 8, 16, 32, 64, 96]
+    """Positive photos per class; with 19 times as many negative ones."""
+    samples: Positive = 5
+    """Independent samples of photos, of which mean and standard deviation are given."""
+    lists: str | None = None
+    """Folder of the official samples (`{...}targets_sample{n}_k{k}.npy`); not given: they are drawn by `seed`."""
+    protocol: Literal["release", "clean"] = "release"
+    """How the cost is chosen: one per number of shots by the *test* mAP, as published; or by cross-validation."""
+    costs: Costs = COSTS
+    """SVM costs."""
+    folds: Annotated[int, Field(ge=2)] = 3
+    """Folds of the cross-validation (`clean`)."""
+
+
+class LabelledSet(Section):
+    """A set of photos with one class each, such as ImageNet."""
+
+    root: str | None = None
+    """Folder of the set; not given: the generated objects where `data.layout` is scenes, else it is left out."""
+    train: str = "train"
+    """Training photos: a folder under `root` with a folder per class, or a list file (`path label` in each line)."""
+    val: str = "val"
+    """Test photos, likewise."""
+    preset: Literal["imagenet", "places205", "inaturalist18"] | None = None
+    """Whose schedule and augmentation `linear` takes (not given: imagenet's), and how many classes there must be."""
+    tasks: list[Literal["linear", "semi", "knn"]] = ["linear", "semi", "knn"]
+    """The tasks that this set is for."""
+    lists: dict[str, str] = {}
+    """Share of the labels -> file of its photos (`semi`), as `0.01: 1percent.txt`; without, they are drawn by seed."""
+
+
+class Linear(Section):
+    """Linear classification on frozen features, a head for each stage (ORL release, benchmarks)."""
+
+    stages: Stages = [1, 2, 3, 4, 5]
+    """Stages of the backbone with a head each."""
+    epochs: Positive | None = None
+    """Epochs; not given: the set's preset (28, 14 or 84)."""
+    milestones: list[Positive] | None = None
+    """Epochs after which the rate falls to a tenth; not given: the set's preset."""
+    batch: Annotated[int, Field(ge=2)] = 256
+    """Photos per step; fewer where there are not so many."""
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate, whatever the batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum (Nesterov's)."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay of the heads."""
+    resize: Annotated[int, Field(ge=32)] = 256
+    """Short side of a test photo before its centre crop, pixels."""
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of training and test crops, pixels."""
+
     @model_validator(mode="after")
-    def _costs_given(self) -> "Voc07Svm":
-        if not self.costs:
-            raise ValueError("costs must name at least one SVM cost")
+    def _both_or_none(self) -> "Linear":
+        if (self.epochs is None) != (self.milestones is None):
+            raise ValueError("epochs and milestones go together; give both or neither")
         return self
+
+
+class Semi(Section):
+    """Fine-tuning on few labels (ORL release, benchmarks)."""
+
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.01, 0.1]
+    """Shares of the labels."""
+    weight_decay: list[NonNegative] = [5e-4, 1e-4]
+    """Weight decay for each share."""
+    lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.001, 0.01, 0.1]
+    """Learning rates of the grid, whatever the batch."""
+    head: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 10.0, 100.0]
+    """Multiples of the learning rate for the linear head; a training for each rate and each of these."""
+    runs: Positive = 5
+    """Trainings with the best of the grid, its own included, of which mean and standard deviation are given."""
+    epochs: Positive = 20
+    """Epochs."""
+    milestones: list[Positive] = [12, 16]
+    """Epochs after which the rate falls to a fifth."""
+    batch: Annotated[int, Field(ge=2)] = 256
+    """Photos per step; fewer where there are not so many."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    resize: Annotated[int, Field(ge=32)] = 256
+    """Short side of a test photo before its centre crop, pixels."""
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of training and test crops, pixels."""
+
+    @model_validator(mode="after")
+    def _as_many(self) -> "Semi":
+        if len(self.weight_decay) != len(self.shares):
+            raise ValueError("weight_decay must name one number for each of shares; add or remove some")
+        return self
+
+
+class Knn(Section):
+    """Weighted k-nearest-neighbour classification on pooled features, without training (Wu et al., 2018)."""
+
+    k: Annotated[list[Positive], Field(min_length=1)] = [20, 200]
+    """Neighbours that vote."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """A neighbour's vote counts exp(similarity / temperature)."""
+    resize: Annotated[int, Field(ge=32)] = 256
+    """Short side of a photo before its centre crop, pixels."""
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of the centre crop, pixels."""
+
+
+Task = Literal["all", "voc07_svm", "voc07_lowshot", "linear", "semi", "knn"]
 
 
 class Downstream(Section):
     """Evaluations of every model."""
 
+    tasks: list[Task] = ["all"]
+    """Tasks to do, of those whose data are given."""
     voc07_svm: Voc07Svm = Voc07Svm()
+    voc07_lowshot: Voc07Lowshot = Voc07Lowshot()
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], LabelledSet] = {}
+    """Name -> a set with one class a photo, for `linear`, `semi` and `knn`; its keys are listed below."""
+    linear: Linear = Linear()
+    semi: Semi = Semi()
+    knn: Knn = Knn()
 
 
 Shards = Annotated[int, Field(ge=1, le=1000)]
@@ -377,7 +502,9 @@ class Config(Section):
     measure: list[Measured] = ["random", "stage1", "pairs", "orl"]
     """Models to evaluate, and stage 2's boxes and pairs; what none of these needs is not made."""
     precision: Precision = "auto"
-    """Arithmetic of training; auto: bfloat16 on a GPU, float32 on the CPU. Evaluation uses float32."""
+    """Arithmetic of training, `linear` and `semi` included; auto: bfloat16 on a GPU, float32 on the CPU."""
+    supervised: str | None = None
+    """File of weights that were trained with labels, to be evaluated beside the others, as model `supervised`."""
     data: Data = Data()
     stage1: Stage1 = Stage1()
     embeddings: Embeddings = Embeddings()
@@ -392,6 +519,9 @@ class Config(Section):
     compute: Compute = Compute()
 
 
+LABELS = ("layout", "root", "train", "test", "stages")
+FEATURES = ("downstream.voc07_svm.resize", "downstream.voc07_svm.size")
+
 # What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
 USES: dict[str, tuple[str, ...]] = {
     "scenes": ("data.scenes",),
@@ -404,7 +534,16 @@ USES: dict[str, tuple[str, ...]] = {
     "rois": ("data.exif", "rois"),
     "correspondences": ("seed", "correspondences"),
     "stage3": ("seed", "precision", "data.exif", "stage3"),
-    "voc07_svm": ("data.exif", "downstream.voc07_svm"),
+    "supervised": ("supervised",),
+    "features": ("data.exif", *(f"downstream.voc07_svm.{key}" for key in LABELS), *FEATURES),
+    "voc07_svm": (*(f"downstream.voc07_svm.{key}" for key in (*LABELS, "costs", "folds")), *FEATURES),
+    "voc07_lowshot": ("seed", "downstream.voc07_lowshot", *(f"downstream.voc07_svm.{key}" for key in LABELS)),
+    # Of a labelled set, as TASK.SET: with the set's own settings.
+    "set_features": ("data.exif", "downstream.knn.resize", "downstream.knn.size"),
+    "knn": ("downstream.knn",),
+    "linear": ("seed", "precision", "data.exif", "downstream.linear"),
+    "subset": ("seed", "downstream.semi.shares"),
+    "semi": ("seed", "precision", "data.exif", "downstream.semi"),
     "proposals_recall": ("proposals.min_size",),
     "pair_precision": ("seed",),
     "report": ("data.exif",),
@@ -416,10 +555,11 @@ RESULT_VERSION: dict[str, int] = {
     "embeddings": 2,
     "neighbors": 2,
     "pair_precision": 2,
+    "report": 2,
     "rois": 2,
-    "stage1": 3,
-    "stage3": 3,
-    "voc07_svm": 3,
+    "stage1": 4,
+    "stage3": 4,
+    "voc07_svm": 4,
 }
 
 SHARED_WITH_STAGE1 = ("network", "views", "optimizer")
@@ -438,6 +578,9 @@ def _model_at(path: list) -> type[BaseModel] | None:
     """The section that holds key `path[-1]`."""
     model: Any = Config
     for key in path[:-1]:
+        if typing.get_origin(model) is dict:
+            model = typing.get_args(model)[1]
+            continue
         field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = field.annotation if field else None
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
@@ -461,6 +604,7 @@ def _sentence(error: ValidationError, source: str) -> str:
 def parse(raw: Any, source: str = "settings") -> Config:
     """Check a settings mapping and fill in defaults.
 
+    Generated scenes have the labelled set `objects` where no `downstream.sets` is given.
     `stage1` takes the defaults of its method (METHODS). `stage3` takes the network, views and optimizer that `stage1`
     is given, its method's defaults left out, where it does not give them itself.
     Raises InputError, one sentence naming `source` and the key.
@@ -475,6 +619,9 @@ def parse(raw: Any, source: str = "settings") -> Config:
             "stage1": merge(METHODS.get(method, {}) if isinstance(method, str) else {}, stage1),
             "stage3": merge({k: stage1[k] for k in SHARED_WITH_STAGE1 if k in stage1}, stage3),
         }
+    data, downstream = raw.get("data", {}), raw.get("downstream", {})
+    if isinstance(data, dict) and isinstance(downstream, dict) and data.get("layout", "scenes") == "scenes":
+        raw = {**raw, "downstream": {"sets": {"objects": {}}, **downstream}}  # the generated ones
     try:
         # JSON mode, strict: arrays become tuples, but neither "3" nor true is a number.
         return Config.model_validate_json(json.dumps(raw), strict=True)
@@ -532,8 +679,15 @@ def runs(raw: dict) -> dict[str, Config]:
 
 
 def used(config: Config, stage: str) -> dict:
-    """The settings that decide the result of `stage`, as nested plain values, with its RESULT_VERSION."""
+    """The settings that decide the result of `stage`, as nested plain values, with its RESULT_VERSION.
+
+    Of a task with a labelled set the stage is TASK.SET, and the set's settings are among them.
+    """
+    stage, _, name = stage.partition(".")
     whole, uses = config.model_dump(mode="json"), USES[stage]
+    if name:
+        uses += tuple(f"downstream.sets.{name}.{key}" for key in ("root", "train", "val", "preset"))
+        uses += (f"downstream.sets.{name}.lists",) if stage in ("subset", "semi") else ()
     if config.stage1.weights:
         whole["stage1"] = {key: whole["stage1"][key] for key in ("weights", "network")}  # the latter for `random`
         uses = ("stage1",) if stage == "stage1" else uses  # nothing is trained: all seeds share it
@@ -585,6 +739,8 @@ def table(model: type[BaseModel] = Config, prefix: str = "") -> str:
         if name == "costs":
             default = "0.5^19 … 0.5^4, 1, 10, 100"
         rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {default} | {field.description} |")
+        if name == "sets":
+            rows.append(table(LabelledSet, f"{prefix}sets.NAME."))
     return "\n".join(rows)
 
 

@@ -1,5 +1,6 @@
 """Which classes each photo shows: multi-label targets from a VOC or a COCO tree."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -28,6 +29,12 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.image_path)
+
+    def fingerprint(self) -> str:
+        """Hash of ids, classes and labels; the photos' content is not looked at."""
+        digest = hashlib.sha256("\n".join([*self.image_id, "", *self.classes]).encode())
+        digest.update(self.label.tobytes())
+        return digest.hexdigest()
 
 
 def read_labels(root: str | os.PathLike, layout: Literal["voc", "coco"], split: str) -> Labels:
@@ -63,6 +70,11 @@ def read_splits(
             "testing on training photos says nothing."
         )
     return first, second
+
+
+def listed(train: Labels, test: Labels) -> str:
+    """Hash of which photos two splits list, in which order, whatever they show."""
+    return hashlib.sha256("\n".join([*train.image_id, "", *test.image_id]).encode()).hexdigest()
 
 
 def _check_photos(labels: Labels) -> None:

@@ -1,5 +1,6 @@
 """Multi-label linear SVMs on frozen features by VOC07's protocol (ORL release, benchmarks/svm_tools)."""
 
+import json
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from orl import InputError, artifacts
 from orl.config import Config, used
-from orl.data.labels import Labels, read_splits
+from orl.data.labels import Labels, listed, read_splits
 from orl.progress import track
 
 TASK = "voc07_svm"
@@ -218,7 +219,7 @@ def fit_classes(
     the training features (float64, min(n, D) columns), for a fold and LIBLINEAR's copy of it, and of `gram`.
     Raises InputError where no class can be evaluated.
     """
-    left_out = _left_out(train_labels, test_labels)
+    left_out = left_out_classes(train_labels, test_labels)
     columns = [column for column, name in enumerate(train_labels.classes) if name not in left_out]
     with threadpool_limits(1):  # as in fit_class
         train, test = shorten(normalize(train), normalize(test))
@@ -248,7 +249,7 @@ def fit_classes(
     }
 
 
-def _left_out(train: Labels, test: Labels) -> dict[str, str]:
+def left_out_classes(train: Labels, test: Labels) -> dict[str, str]:
     """Class -> why it cannot be evaluated. Raises InputError where that is so for all."""
     reasons = {name: unusable(train.label[:, i], test.label[:, i]) for i, name in enumerate(train.classes)}
     left_out = {name: reason for name, reason in reasons.items() if reason}
@@ -258,53 +259,80 @@ def _left_out(train: Labels, test: Labels) -> dict[str, str]:
     return left_out
 
 
+def read(config: Config, root: str | os.PathLike | None) -> tuple[Labels, Labels, dict[str, Any]]:
+    """The labels of both splits of downstream.voc07_svm, and what a result says of them. Raises InputError.
+
+    `root`, where given, takes the place of the setting.
+    """
+    section = config.downstream.voc07_svm
+    root = section.root if root is None else root
+    if root is None:
+        raise InputError("downstream.voc07_svm.root: is not set; name the folder of the labelled photos.")
+    train_split, test_split = section.train or SPLITS[section.layout][0], section.test or SPLITS[section.layout][1]
+    train, test = read_splits(root, section.layout, train_split, test_split)
+    data = {
+        "root": os.fspath(root),
+        "layout": section.layout,
+        "train_split": train_split,
+        "test_split": test_split,
+        "train": len(train),
+        "test": len(test),
+        "fingerprint": f"{train.fingerprint()[:32]}{test.fingerprint()[:32]}",
+    }
+    return train, test, data
+
+
+def read_features(
+    path: str | os.PathLike, stages: Sequence[int], train: Labels, test: Labels
+) -> tuple[artifacts.Features, dict[str, Any]]:
+    """Features of the photos of both splits, and what a result says of them. Raises InputError."""
+    artifacts.check_input(path, "photos", listed(train, test))
+    found = artifacts.read_features(path, stages)
+    for split, arrays in (("train", found.train), ("test", found.test)):
+        for stage, features in arrays.items():
+            if not np.isfinite(features).all():
+                raise InputError(f"{path}: {split}_{stage} holds features that are not finite; make the file again.")
+    attributes = artifacts.attributes(path)
+    inputs, settings = json.loads(attributes["inputs"]), json.loads(attributes["settings"])
+    return found, {"weights_fingerprint": inputs["weights"], "features": settings}
+
+
 def evaluate(
     config: Config,
-    weights: str | os.PathLike,
+    features_path: str | os.PathLike,
     model: str,
     root: str | os.PathLike | None,
     output: str | os.PathLike,
     workers: int,
 ) -> dict[str, Any]:
-    """Evaluate backbone weights (a backbone.safetensors) by VOC07's linear SVM; write and return the result.
+    """Evaluate a backbone's features (artifacts.Features) by VOC07's linear SVM; write and return the result.
 
-    `model` is the name the result goes by; `root`, where given, takes the place of downstream.voc07_svm.root.
-    Metrics: `mAP` and, per class, `AP` (percent) and `cost`; `chance_mAP`: the mean share of positive test photos,
-    what constant scores give; `classes_left_out`: class -> why (also one line on stderr); `not_cross_validated`:
-    classes with too few positives to choose a cost; `fits` and, among them, those `not_converged` in 2000 rounds.
-    Raises InputError before any work where settings, labels or weights are bad; nothing is written then.
+    `model` is the name the result goes by; for `root` see `read`.
+    Metrics, of the last of downstream.voc07_svm.stages, and in `stages` of each of them: `mAP` and, per class, `AP`
+    (percent) and `cost`; `chance_mAP`: the mean share of positive test photos, what constant scores give;
+    `classes_left_out`: class -> why (also one line on stderr); `not_cross_validated`: classes with too few positives
+    to choose a cost; `fits` and, among them, those `not_converged` in 2000 rounds.
+    Raises InputError before any work where settings, labels or features are bad; nothing is written then.
     """
     section = config.downstream.voc07_svm
-    root = section.root if root is None else root
-    if root is None:
-        raise InputError(f"downstream.{TASK}.root: is not set; name the folder of the labelled photos.")
-    train_split, test_split = section.train or SPLITS[section.layout][0], section.test or SPLITS[section.layout][1]
-    train, test = read_splits(root, section.layout, train_split, test_split)
-    left_out = _left_out(train, test)
-    fingerprint = artifacts.fingerprint(weights)
+    train, test, data = read(config, root)
+    left_out = left_out_classes(train, test)
+    found, of_features = read_features(features_path, section.stages, train, test)
     if left_out:
-        listed = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
-        print(f"{TASK}: {len(left_out)} of {len(train.classes)} classes left out: {listed}", file=sys.stderr)
-
-    from orl.downstream.features import extract  # here, so that the SVM's processes do not load torch
-
-    options = (section.size, section.resize, config.data.exif, workers)
-    train_features, test_features = extract(weights, train, *options), extract(weights, test, *options)
-    metrics = fit_classes(train_features, train, test_features, test, section.costs, section.folds, workers)
+        listing = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        print(f"{TASK}: {len(left_out)} of {len(train.classes)} classes left out: {listing}", file=sys.stderr)
+    stages = {}
+    for stage in section.stages:
+        stages[str(stage)] = metrics = fit_classes(
+            found.train[stage], train, found.test[stage], test, section.costs, section.folds, workers
+        )
+        print(f"{TASK}: stage {stage}: mAP {metrics['mAP']:.2f}", file=sys.stderr, flush=True)
     result = {
         "task": TASK,
         "model": model,
-        "metrics": metrics,
+        "metrics": {**metrics, "stages": stages},
         "settings": used(config, TASK),
-        "data": {
-            "root": os.fspath(root),
-            "layout": section.layout,
-            "train_split": train_split,
-            "test_split": test_split,
-            "train": len(train),
-            "test": len(test),
-            "weights_fingerprint": fingerprint,
-        },
+        "data": {**data, **of_features},
     }
     artifacts.write_json(output, result)
     return result

@@ -1,4 +1,4 @@
-"""Stage 1 from given weights: the files that training would have written, of a network trained elsewhere."""
+"""Models from given weights: the files that training would have written, of a network trained elsewhere."""
 
 import sys
 from pathlib import Path
@@ -13,18 +13,21 @@ from orl.pretrain.loop import write_model
 COLUMNS = ("epoch", "step", "loss", "feature_std", "lr")  # that every metrics.csv has
 
 
-def write(config: Config, output: Path) -> None:
+def write(config: Config, stage: str, output: Path) -> None:
     """Write backbone.safetensors, model.safetensors (the online encoder only) and a metrics.csv without rows.
 
-    Says on stderr what `stage1.weights` was recognised as. Raises InputError, having written nothing.
+    The weights are `stage1.weights` or, for the stage "supervised", `supervised`; says on stderr what they were
+    recognised as. Raises InputError, having written nothing.
     """
-    path = config.stage1.weights
+    key, path = (
+        ("supervised", config.supervised) if stage == "supervised" else ("stage1.weights", config.stage1.weights)
+    )
     if not path:
-        raise InputError("stage1.weights is not given; name a file of weights.")
+        raise InputError(f"{key} is not given; name a file of weights.")
     found = weights.read(path)
-    embeds = "" if found.encoder.head else "; embeddings will be its pooled features"
-    print(f"stage1: no training; {path}: {found.recognised}{embeds}", file=sys.stderr)
-    stamp = artifacts.stamp(artifacts.MODEL, used(config, "stage1"), {"weights": found.sha256})
+    embeds = "" if found.encoder.head or stage == "supervised" else "; embeddings will be its pooled features"
+    print(f"{stage}: no training; {path}: {found.recognised}{embeds}", file=sys.stderr)
+    stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), {"weights": found.sha256})
     model = nn.Module()
     model.online = found.encoder
     write_model(output, model, stamp)

@@ -170,7 +170,9 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
     add(lambda part: part.flip(-1), value["flip"] > 0, lambda _: none)
     for place in range(4):
         for number, (operation, name) in enumerate(jitters):
-            add(operation, (value["jitter"] > 0) & (order[:, place] == number), value[name].__getitem__)
+            chosen = (value["jitter"] > 0) & (order[:, place] == number)
+            # By 0 the hue is not turned at all: the way through 8-bit HSV would change colours.
+            add(operation, chosen & (value[name] != 0 if name == "hue" else True), value[name].__getitem__)
     add(grayscale, value["grayscale"] > 0, lambda _: none)
     add(blur, value["blur"] > 0, lambda rows: blur_taps(value["blur"][rows]))
     add(solarize, value["solarize"] > 0, lambda _: none)
