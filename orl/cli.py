@@ -125,9 +125,10 @@ def _features(args: argparse.Namespace, config: Config) -> None:
 
     files = (args.backbone, args.output, args.threads)
     if args.set is None:
-        features.write_labels(config, *svm.read(config, args.root)[:2], *files)
+        train, test, _ = svm.read(config, args.root)
+        features.write_labels(config, *files, train, test)
     else:
-        features.write_set(config, args.set, *sets.read(config, args.set, args.root), *files)
+        features.write_set(config, args.set, *files, *sets.read(config, args.set, args.root))
 
 
 def _voc07_svm(args: argparse.Namespace, config: Config) -> None:
@@ -385,6 +386,13 @@ def parser() -> argparse.ArgumentParser:
     takes_shard(sub)
     sub = command("merge", _merge, "join the shards of embed, propose or correspond", output="HDF5 file to write")
     sub.add_argument("shards", nargs="+", metavar="SHARD", help="all shards, in any order")
+    text = "download VOC2007 or COCO, going on where it was interrupted; what is there is left alone"
+    sub = command("fetch", _fetch, text, output="folder: of COCO, or the one that VOCdevkit is to be in")
+    sub.add_argument("what", choices=["voc2007", "coco"])
+    parts_help = (
+        "trainval, test; train2017, val2017, unlabeled2017, annotations, image_info_unlabeled (default: the first"
+    )
+    sub.add_argument("--parts", nargs="+", metavar="PART", help=f"{parts_help} two or three)")
     text = "compute a backbone's features of labelled photos: of downstream.voc07_svm, or with --set of a labelled set"
     read = ["downstream.voc07_svm", "downstream.sets and downstream.knn", "data.exif"]
     sub = command("features", _features, text, BACKBONE, output="HDF5 file to write", settings=read)

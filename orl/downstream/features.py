@@ -147,7 +147,7 @@ def _write(
 
 
 def write_labels(
-    config: Config, weights: str | os.PathLike, train: Labels, test: Labels, output: str | os.PathLike, workers: int
+    config: Config, weights: str | os.PathLike, output: str | os.PathLike, workers: int, train: Labels, test: Labels
 ) -> None:
     """Write the SVMs' features of both splits (artifacts.Features). Raises InputError."""
     section = config.downstream.voc07_svm
@@ -163,10 +163,10 @@ def write_set(
     config: Config,
     name: str,
     weights: str | os.PathLike,
-    train: ClassSet,
-    val: ClassSet,
     output: str | os.PathLike,
     workers: int,
+    train: ClassSet,
+    val: ClassSet,
 ) -> None:
     """Write the pooled features of the labelled set `name` (artifacts.ClassFeatures). Raises InputError.
 

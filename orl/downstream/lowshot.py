@@ -1,6 +1,7 @@
 """Low-shot linear SVMs on frozen features by VOC07's protocol (FAIR's self-supervision benchmark; ORL release)."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from orl import InputError
+from orl import InputError, artifacts
+from orl.config import Config, used
 from orl.data.labels import Labels
 from orl.data.views import rng
 from orl.downstream import svm
 from orl.progress import track
 
+TASK = "voc07_lowshot"
 NEGATIVES = 19  # per positive: VOC's classes but one
 Protocol = Literal["release", "clean"]
 
@@ -127,7 +130,7 @@ def fit_class(
                 tried = list(costs)
                 if protocol == "clean":
                     judged = []  # [fold][cost]
-                    for kept, held in svm._folds(target, folds):
+                    for kept, held in svm.folds_of(target, folds):
                         found = machines(x[kept], target[kept], costs, part[np.ix_(kept, kept)])
                         judged.append([average_precision_score(target[held], s) for s in _scores(found, x[held])])
                         fits, failed = fits + len(costs), failed + found[2]
@@ -200,7 +203,7 @@ def evaluate_shots(
     One process per worker; the result does not depend on their number. Raises InputError where nothing remains.
     """
     names, costs = train_labels.classes, sorted(costs)
-    left_out = svm._left_out(train_labels, test_labels)
+    left_out = svm.left_out_classes(train_labels, test_labels)
     positives = {
         name: int((train_labels.label[:, i] > 0).sum()) for i, name in enumerate(names) if name not in left_out
     }
@@ -265,3 +268,44 @@ def evaluate_shots(
         "fits": sum(one.fits for one in fitted),
         "not_converged": sum(one.not_converged for one in fitted),
     }
+
+
+def evaluate(
+    config: Config,
+    features_path: str | os.PathLike,
+    model: str,
+    root: str | os.PathLike | None,
+    output: str | os.PathLike,
+    workers: int,
+) -> dict[str, Any]:
+    """Evaluate a backbone's features (artifacts.Features) of its last stage by low-shot SVMs; write and return it.
+
+    `model` is the name the result goes by; for `root` see `svm.read`, for the metrics `evaluate_shots`.
+    Raises InputError before any work where settings, labels, lists or features are bad; nothing is written then.
+    """
+    section, stage = config.downstream.voc07_lowshot, config.downstream.voc07_svm.stages[-1]
+    train, test, data = svm.read(config, root)
+    lists = None if section.lists is None else read_lists(section.lists, train, section.shots, section.samples)
+    found, of_features = svm.read_features(features_path, [stage], train, test)
+    metrics = evaluate_shots(
+        found.train[stage],
+        train,
+        found.test[stage],
+        test,
+        shots=section.shots,
+        samples=section.samples,
+        costs=section.costs,
+        folds=section.folds,
+        protocol=section.protocol,
+        seed=config.seed,
+        workers=workers,
+        lists=lists,
+    )
+    few = metrics["too_few_positives"]
+    if few:
+        listing = ", ".join(f"{name} ({number})" for name, number in few.items())
+        print(f"{TASK}: classes with fewer positive photos than shots are left out there: {listing}", file=sys.stderr)
+    settings = used(config, TASK)
+    result = {"task": TASK, "model": model, "metrics": metrics, "settings": settings, "data": {**data, **of_features}}
+    artifacts.write_json(output, result)
+    return result

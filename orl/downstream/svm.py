@@ -183,7 +183,7 @@ def fit_class(
     # One BLAS thread: the classes share the cores, and sums do not depend on the number of workers.
     with threadpool_limits(1):
         found = []  # [fold][cost]
-        for kept, held in _folds(target, folds):
+        for kept, held in folds_of(target, folds):
             part = None if gram is None else gram[np.ix_(kept, kept)]
             fitted = machines(train[kept], target[kept], costs, part)
             found.append([average_precision_score(target[held], score) for score in scores(fitted, train[held])])
@@ -193,7 +193,7 @@ def fit_class(
     return Fitted(average_precision(score, test_label), cost, bool(found), len(converged), converged.count(False))
 
 
-def _folds(target: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def folds_of(target: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The usable folds of a target [n] of 1 and -1: rows to train on, rows held out."""
     counts = ((target > 0).sum(), (target < 0).sum())
     if max(counts) < folds:  # scikit-learn refuses these; with a small set there is nothing to choose by

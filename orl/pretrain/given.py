@@ -19,13 +19,12 @@ def write(config: Config, stage: str, output: Path) -> None:
     The weights are `stage1.weights` or, for the stage "supervised", `supervised`; says on stderr what they were
     recognised as. Raises InputError, having written nothing.
     """
-    key, path = (
-        ("supervised", config.supervised) if stage == "supervised" else ("stage1.weights", config.stage1.weights)
-    )
+    supervised = stage == "supervised"
+    key, path = ("supervised", config.supervised) if supervised else ("stage1.weights", config.stage1.weights)
     if not path:
         raise InputError(f"{key} is not given; name a file of weights.")
     found = weights.read(path)
-    embeds = "" if found.encoder.head or stage == "supervised" else "; embeddings will be its pooled features"
+    embeds = "" if found.encoder.head or supervised else "; embeddings will be its pooled features"
     print(f"{stage}: no training; {path}: {found.recognised}{embeds}", file=sys.stderr)
     stamp = artifacts.stamp(artifacts.MODEL, used(config, stage), {"weights": found.sha256})
     model = nn.Module()

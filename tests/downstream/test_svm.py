@@ -224,10 +224,10 @@ def test_degenerate_classes(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_two_positives_use_two_folds() -> None:
     target = np.array([-1, 1, -1, -1, 1, -1, -1, -1, -1])
-    parts = svm._folds(target, 3)
+    parts = svm.folds_of(target, 3)
     assert len(parts) == 2
     assert all({1, -1} == set(target[rows]) for part in parts for rows in part)
-    assert svm._folds(target[:2], 3) == []  # fewer photos than folds
+    assert svm.folds_of(target[:2], 3) == []  # fewer photos than folds
 
 
 def test_difficult_photos() -> None:

@@ -18,6 +18,10 @@ def stop(sentence):
     sys.exit(2)
 
 
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
 try:
     RUN = settings.parse(config, "config")
     RUNS = settings.runs(config)
@@ -30,7 +34,7 @@ SCENES = RUN.data.layout == "scenes"
 ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
 if not ROOT:
     stop("config: data.root is not given; set it to the folder of your photos.")
-if not SCENES and not Path(ROOT).is_dir():
+if not SCENES and not RUN.data.fetch and not Path(ROOT).is_dir():
     stop(
         f"config: data.root: {ROOT!r} is no folder; set it to the folder of your photos."
     )
@@ -39,6 +43,7 @@ if not SCENES and not Path(ROOT).is_dir():
 UPSTREAM = {
     "manifest": (),
     "random": (),
+    "supervised": (),
     "stage1": ("manifest",),
     "embeddings": ("manifest", "stage1"),
     "proposals": ("manifest",),
@@ -52,6 +57,7 @@ UPSTREAM = {
 PATHS = {
     "manifest": "manifest.csv",
     "random": "models/random{v}",
+    "supervised": "models/supervised{v}",
     "stage1": "models/stage1{v}",
     "embeddings": "discovery{v}/embeddings.h5",
     "proposals": "discovery{v}/proposals.h5",
@@ -62,13 +68,38 @@ PATHS = {
     "proposals_recall": "downstream/proposals{v}.json",
     "pair_precision": "downstream/pairs{v}.json",
 }
-MODELS = {"random": "random", "stage1": "stage1", "orl": "stage3"}  # name -> stage
-for task in ("voc07_svm",):
-    for model in MODELS.values():
-        UPSTREAM[f"{task} {model}"] = (model,)
-        PATHS[f"{task} {model}"] = f"{PATHS[model]}/{task}.json".replace(
+# name -> stage
+MODELS = {
+    "random": "random",
+    "stage1": "stage1",
+    "orl": "stage3",
+    "supervised": "supervised",
+}
+SETS = unique(name for run in RUNS.values() for name in run.downstream.sets)
+for name in SETS:
+    UPSTREAM[f"subset.{name}"] = ()
+    PATHS[f"subset.{name}"] = f"downstream/subset.{name}{{v}}"
+for model in MODELS.values():
+    # TASK MODEL or TASK.SET MODEL: upstream, and its file among the model's results
+    results = {
+        "features": (model, "features.h5"),
+        "voc07_svm": (f"features {model}", "voc07_svm.json"),
+        "voc07_lowshot": (f"features {model}", "voc07_lowshot.json"),
+    }
+    for name in SETS:
+        results |= {
+            f"set_features.{name}": (model, f"{name}.features.h5"),
+            f"knn.{name}": (f"set_features.{name} {model}", f"knn.{name}.json"),
+            f"linear.{name}": (model, f"linear.{name}.json"),
+            f"semi.{name}": (model, f"semi.{name}.json"),
+        }
+    for task, (upstream, file) in results.items():
+        UPSTREAM[f"{task} {model}"] = (upstream,)
+        PATHS[f"{task} {model}"] = f"{PATHS[model]}/{file}".replace(
             "models", "downstream"
         )
+    for name in SETS:
+        UPSTREAM[f"semi.{name} {model}"] += (f"subset.{name}",)
 
 # Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
 BIN = shlex.quote(str(Path(sys.executable).parent))
@@ -89,7 +120,10 @@ def given(v):
 @cache
 def digest(stage, v):
     """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
-    whole = [settings.used(RUNS[v], stage.split()[0])]
+    task = stage.split()[0]
+    if task.partition(".")[2] and task.partition(".")[2] not in RUNS[v].downstream.sets:
+        return ""  # another variant's
+    whole = [settings.used(RUNS[v], task)]
     if not (stage == "stage1" and given(v)):  # given weights need no photos
         whole += [digest(upstream, v) for upstream in UPSTREAM[stage]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -154,20 +188,27 @@ def evaluated(wildcards):
     return of(MODELS[wildcards.model], "backbone.safetensors")(wildcards)
 
 
+def downstream_of(task):
+    """Input function: the file of a task, of the model (and the labelled set) that the wildcards name."""
+
+    def file(wildcards):
+        of_set = f".{wildcards.set}" if "set" in wildcards.keys() else ""
+        return found(f"{task}{of_set} {MODELS[wildcards.model]}", wildcards.v)
+
+    return file
+
+
 def decides(stage):
     """Params function: the settings that decide a stage's result, as JSON for --settings."""
 
     def as_json(wildcards):
-        used = settings.used(RUNS[wildcards.get("v", "")], stage)
+        of_set = f".{wildcards.set}" if "set" in wildcards.keys() else ""
+        used = settings.used(RUNS[wildcards.get("v", "")], stage + of_set)
         return json.dumps(
             {key: value for key, value in used.items() if key != "version"}
         )
 
     return as_json
-
-
-def unique(items):
-    return list(dict.fromkeys(items))
 
 
 def trained(file):
@@ -195,31 +236,103 @@ def labels(v=""):
 
 def label_files(v):
     """The lists of labels of voc07_svm, in either layout: corrected labels are evaluated again."""
-    root = RUNS[v].downstream.voc07_svm.root
-    if root is None:  # the generated scenes: their folder is the input
+    section = RUNS[v].downstream.voc07_svm
+    if section.fetch:
+        return [FETCHED_VOC]
+    if section.root is None:  # the generated scenes: their folder is the input
         return []
     lists = [
-        *Path(root).glob("annotations/instances_*.json"),
-        *Path(root).glob("ImageSets/Main/*.txt"),
+        *Path(section.root).glob("annotations/instances_*.json"),
+        *Path(section.root).glob("ImageSets/Main/*.txt"),
     ]
     return sorted(map(str, lists))
+
+
+def set_root(name, v=""):
+    """Folder of a labelled set, or None where it is not configured."""
+    if name not in RUNS[v].downstream.sets:  # another variant's
+        return None
+    root = RUNS[v].downstream.sets[name].root
+    return f"{ROOT}/objects" if root is None and SCENES else root
+
+
+def set_files(wildcards):
+    """The lists of a labelled set, where it has any."""
+    one, root = RUNS[wildcards.v].downstream.sets[wildcards.set], set_root(
+        wildcards.set, wildcards.v
+    )
+    given = [*one.lists.values(), *(Path(root, part) for part in (one.train, one.val))]
+    return [str(file) for file in given if Path(file).is_file()]
+
+
+def models_of(v):
+    """The models of a run to evaluate."""
+    return [
+        *(model for model in RUNS[v].measure if model in MODELS),
+        *(["supervised"] if RUNS[v].supervised else []),
+    ]
+
+
+def tasks_of(v):
+    """The tasks of a run whose data are configured; those on labelled sets as TASK.SET."""
+    downstream = RUNS[v].downstream
+    tasks = ["voc07_svm", "voc07_lowshot"] if labels(v) else []
+    tasks += [
+        f"{task}.{name}"
+        for name, one in downstream.sets.items()
+        if set_root(name, v)
+        for task in one.tasks
+    ]
+    wanted = downstream.tasks
+    return [
+        task for task in tasks if "all" in wanted or task.partition(".")[0] in wanted
+    ]
 
 
 def scores():
     """Every downstream result of every model."""
     return unique(
-        found(f"voc07_svm {MODELS[model]}", v)
+        found(f"{task} {MODELS[model]}", v)
         for v in RUNS
-        if labels(v)
-        for model in RUNS[v].measure
-        if model in MODELS
+        for task in tasks_of(v)
+        for model in models_of(v)
     )
+
+
+def semi_grid(name, model, v):
+    """The results of the grid of semi, by share of the labels as text."""
+    semi = RUNS[v].downstream.semi
+    folder = found(f"semi.{name} {MODELS[model]}", v).removesuffix(".json")
+    return {
+        f"{share:g}": [
+            f"{folder}/{share:g}-lr{lr:g}-x{head:g}.json"
+            for lr in semi.lr
+            for head in semi.head
+        ]
+        for share in semi.shares
+    }
+
+
+def semi_runs(wildcards):
+    """All results of semi for a model: the grid, and the further runs of its best."""
+    grid = semi_grid(wildcards.set, wildcards.model, wildcards.v)
+    runs = range(1, RUNS[wildcards.v].downstream.semi.runs)
+    return [
+        file
+        for share, files in grid.items()
+        for file in (
+            *files,
+            *(f"{Path(files[0]).parent}/{share}-run{run}.json" for run in runs),
+        )
+    ]
 
 
 def objects():
     """The COCO files with boxes of the photos' objects: the scenes' own, or those of data.annotations that hold any."""
     if SCENES:
         return [f"{ROOT}/annotations/instances_train2017.json"]
+    if RUN.data.fetch:  # perhaps not there yet
+        return annotations()
     return [file for file in annotations() if holds_boxes(file)]
 
 
@@ -245,21 +358,53 @@ for name in RUNS:
         stop(
             f"config: stage1.weights: {given(name)!r} is no file; name a file of weights."
         )
-    root = RUNS[name].downstream.voc07_svm.root
-    if root and not Path(root).is_dir():
+    supervised = RUNS[name].supervised
+    if supervised and not Path(supervised).is_file():
+        stop(f"config: supervised: {supervised!r} is no file; name a file of weights.")
+    section = RUNS[name].downstream.voc07_svm
+    if section.fetch and not str(section.root).endswith("VOCdevkit/VOC2007"):
         stop(
-            f"config: downstream.voc07_svm.root: {root!r} is no folder; set it to the labelled photos."
+            f"config: downstream.voc07_svm.root: {section.root!r} must end in VOCdevkit/VOC2007 to be fetched; "
+            f"change it or set fetch to false."
         )
-if not any(map(labels, RUNS)):
+    roots = {} if section.fetch else {"voc07_svm": section.root}
+    for one, labelled in RUNS[name].downstream.sets.items():
+        roots[f"sets.{one}"] = labelled.root
+    for key, root in roots.items():
+        if root and not Path(root).is_dir():
+            stop(
+                f"config: downstream.{key}.root: {root!r} is no folder; set it to the labelled photos."
+            )
+FETCHED = f"{ROOT}/.fetched"
+FETCHED_VOC = f"{RUN.downstream.voc07_svm.root}/.fetched"
+
+# What is left out for want of data is said once.
+WANTED = set(RUN.downstream.tasks)
+if not any(map(labels, RUNS)) and WANTED & {"all", "voc07_svm", "voc07_lowshot"}:
     print(
-        "orl: voc07_svm is left out: downstream.voc07_svm.root is not given",
+        "orl: voc07_svm and voc07_lowshot are left out: downstream.voc07_svm.root is not given",
         file=sys.stderr,
     )
+if WANTED & {"all", "linear", "semi", "knn"}:
+    for name in SETS or [""]:
+        key = f"downstream.sets.{name}.root" if name else "downstream.sets"
+        if not (name and any(set_root(name, v) for v in RUNS)):
+            what = (
+                " and ".join(RUN.downstream.sets[name].tasks)
+                if name
+                else "linear, semi and knn"
+            )
+            print(f"orl: {what} are left out: {key} is not given", file=sys.stderr)
 
 
 wildcard_constraints:
     v=r"(-[A-Za-z0-9_]+)?(\.seed\d+)?",
-    model="random|stage1|orl",
+    model="random|stage1|orl|supervised",
+    set="[A-Za-z0-9][A-Za-z0-9_-]*",
+    share=r"[0-9.e-]+",
+    lr=r"[0-9.e-]+",
+    head=r"[0-9.e+]+",
+    number=r"\d+",
     shard=r"\d{4}-of-\d{4}",
     merged="embeddings|proposals|correspondences",
 

@@ -1,25 +1,232 @@
-rule voc07_svm:
+# Multi-label: SVMs on features of the photos of downstream.voc07_svm.
+rule features:
     input:
         backbone=evaluated,
-        photos=ROOT if SCENES else [],
+        scenes=ROOT if SCENES else [],
         labels=lambda wildcards: label_files(wildcards.v),
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
+        f"{RESULTS}/downstream/{{model}}{{v}}/features.h5",
     log:
-        f"{RESULTS}/logs/voc07_svm.{{model}}{{v}}.log",
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/features.log",
     benchmark:
-        f"{RESULTS}/benchmarks/voc07_svm.{{model}}{{v}}.tsv"
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/features.tsv"
     threads: COMPUTE.threads
     resources:
         gpu=min(1, COMPUTE.gpus),
     params:
+        settings=decides("features"),
+        version=settings.RESULT_VERSION["features"],
+        root=lambda wildcards: labels(wildcards.v),
+    shell:
+        "orl features --settings {params.settings:q} --backbone {input.backbone:q} --root {params.root:q} "
+        "--output {output:q} --threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+rule voc07_svm:
+    input:
+        features=downstream_of("features"),
+        scenes=ROOT if SCENES else [],
+        labels=lambda wildcards: label_files(wildcards.v),
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/voc07_svm.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/voc07_svm.tsv"
+    threads: COMPUTE.threads
+    params:
         settings=decides("voc07_svm"),
         version=settings.RESULT_VERSION["voc07_svm"],
-        labels=lambda wildcards: labels(wildcards.v),
+        root=lambda wildcards: labels(wildcards.v),
     shell:
-        "orl evaluate voc07_svm --settings {params.settings:q} --backbone {input.backbone:q} "
-        "--name {wildcards.model}{wildcards.v} --labels {params.labels:q} --output {output:q} --threads {threads} "
-        "--gpus {resources.gpu} 2>&1 | tee {log:q}"
+        "orl evaluate voc07_svm --settings {params.settings:q} --features {input.features:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} 2>&1 | tee {log:q}"
+
+
+rule voc07_lowshot:
+    input:
+        features=downstream_of("features"),
+        scenes=ROOT if SCENES else [],
+        labels=lambda wildcards: label_files(wildcards.v),
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_lowshot.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/voc07_lowshot.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/voc07_lowshot.tsv"
+    threads: COMPUTE.threads
+    params:
+        settings=decides("voc07_lowshot"),
+        version=settings.RESULT_VERSION["voc07_lowshot"],
+        root=lambda wildcards: labels(wildcards.v),
+    shell:
+        "orl evaluate voc07_lowshot --settings {params.settings:q} --features {input.features:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} 2>&1 | tee {log:q}"
+
+
+# One class a photo: the labelled sets of downstream.sets.
+rule set_features:
+    input:
+        backbone=evaluated,
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/{{set}}.features.h5",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/{{set}}.features.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/{{set}}.features.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("set_features"),
+        version=settings.RESULT_VERSION["set_features"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl features --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
+        "--root {params.root:q} --output {output:q} --threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+rule knn:
+    input:
+        features=downstream_of("set_features"),
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/knn.{{set}}.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/knn.{{set}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/knn.{{set}}.tsv"
+    threads: COMPUTE.threads
+    params:
+        settings=decides("knn"),
+        version=settings.RESULT_VERSION["knn"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl evaluate knn --settings {params.settings:q} --set {wildcards.set} --features {input.features:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} 2>&1 | tee {log:q}"
+
+
+rule linear:
+    input:
+        backbone=evaluated,
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/linear.{{set}}.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/linear.{{set}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/linear.{{set}}.tsv"
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    resources:
+        **LIMITS,
+        gpu=COMPUTE.gpus,
+    params:
+        settings=decides("linear"),
+        version=settings.RESULT_VERSION["linear"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl evaluate linear --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} --gpus {resources.gpu} --checkpoint-minutes {resources.checkpoint_minutes} "
+        "--log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule subset:
+    input:
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/subset.{{set}}{{v}}/{{share}}.txt",
+    log:
+        f"{RESULTS}/logs/downstream/subset.{{set}}{{v}}/{{share}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/subset.{{set}}{{v}}/{{share}}.tsv"
+    params:
+        settings=decides("subset"),
+        version=settings.RESULT_VERSION["subset"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl subset --settings {params.settings:q} --set {wildcards.set} --root {params.root:q} "
+        "--share {wildcards.share} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule semi_grid:
+    input:
+        backbone=evaluated,
+        labels=lambda wildcards: f"{found(f'subset.{wildcards.set}', wildcards.v)}/{wildcards.share}.txt",
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.tsv"
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    resources:
+        **LIMITS,
+        gpu=COMPUTE.gpus,
+    params:
+        settings=decides("semi"),
+        version=settings.RESULT_VERSION["semi"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl evaluate semi_run --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
+        "--list {input.labels:q} --share {wildcards.share} --lr {wildcards.lr} --head {wildcards.head} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} --gpus {resources.gpu} --checkpoint-minutes {resources.checkpoint_minutes} "
+        "--log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule semi_run:
+    input:
+        backbone=evaluated,
+        labels=lambda wildcards: f"{found(f'subset.{wildcards.set}', wildcards.v)}/{wildcards.share}.txt",
+        grid=lambda wildcards: semi_grid(wildcards.set, wildcards.model, wildcards.v)[
+            wildcards.share
+        ],
+        scenes=ROOT if SCENES else [],
+        lists=set_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.tsv"
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    resources:
+        **LIMITS,
+        gpu=COMPUTE.gpus,
+    params:
+        settings=decides("semi"),
+        version=settings.RESULT_VERSION["semi"],
+        root=lambda wildcards: set_root(wildcards.set, wildcards.v),
+    shell:
+        "orl evaluate semi_run --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
+        "--list {input.labels:q} --share {wildcards.share} --best {input.grid:q} --run {wildcards.number} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} --gpus {resources.gpu} --checkpoint-minutes {resources.checkpoint_minutes} "
+        "--log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule semi:
+    input:
+        semi_runs,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/semi.{{set}}.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}.tsv"
+    shell:
+        "orl evaluate semi --runs {input:q} --name {wildcards.model}{wildcards.v} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule proposals_recall:

@@ -26,6 +26,23 @@ rule random:
         "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output.backbone:q}) 2>&1 | tee {log:q}"
 
 
+rule supervised:
+    input:
+        lambda wildcards: RUNS[wildcards.v].supervised,
+    output:
+        backbone=f"{RESULTS}/models/supervised{{v}}/backbone.safetensors",
+        model=f"{RESULTS}/models/supervised{{v}}/model.safetensors",
+        metrics=f"{RESULTS}/models/supervised{{v}}/metrics.csv",
+    log:
+        f"{RESULTS}/logs/supervised{{v}}.log",
+    params:
+        settings=decides("supervised"),
+        version=settings.RESULT_VERSION["supervised"],
+    shell:
+        "orl pretrain --stage supervised --settings {params.settings:q} --output $(dirname {output.backbone:q}) "
+        "2>&1 | tee {log:q}"
+
+
 rule stage1:
     input:
         lambda wildcards: given(wildcards.v) or of("manifest")(wildcards),
