@@ -38,11 +38,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: what the legend calls it, and its points."""
+    """A line of a chart: what the legend calls it, its points and their error bars."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
+    error: np.ndarray | None = None  # half the length of a bar at each point; nan: no bar
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Style:
     name: str
     color: str
     dash: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its heading and legend: what the lines are, or what the numbered rows are."""
+
+    title: str
+    picture: Picture
+    legend: list[Style]
+    note: str = ""
+    rows: Sequence[str] = ()  # number and name
 
 
 @dataclass(frozen=True)
@@ -129,16 +141,24 @@ def pair(
     return Drawing((pictures[0], pictures[1]), (places[0], places[1]), width, height, matches)
 
 
-def lines(series: Sequence[Line], ylabel: str, alt: str, xlabel: str = "epoch") -> Picture:
-    """A chart of lines by a whole number, in the styles of `styles`; of long lines, evenly spaced points."""
+def lines(
+    series: Sequence[Line], ylabel: str, alt: str, xlabel: str = "epoch", ticks: Mapping[float, str] | None = None
+) -> Picture:
+    """A chart of lines by a whole number, in the styles of `styles`; of long lines, evenly spaced points.
+
+    With `ticks`, x -> text, the axis is logarithmic and has these ticks only.
+    """
 
     def draw(axes: Any) -> None:
         for style, line in zip(styles([line.name for line in series]), series, strict=True):
             kept = np.unique(np.linspace(0, len(line.x) - 1, min(len(line.x), POINTS)).round().astype(int))
             dash = [float(length) / 1.5 for length in style.dash.split()]  # matplotlib counts in line widths
-            axes.plot(
+            axes.errorbar(
                 line.x[kept],
                 line.y[kept],
+                None if line.error is None else line.error[kept],
+                elinewidth=1,
+                capsize=2,
                 color=style.color,
                 linewidth=1.5,
                 linestyle=(0, dash) if dash else "-",
@@ -147,9 +167,27 @@ def lines(series: Sequence[Line], ylabel: str, alt: str, xlabel: str = "epoch") 
             )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if ticks:
+            axes.set_xscale("log")
+            axes.set_xticks(list(ticks), labels=list(ticks.values()))
+            axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
     return _chart(draw, alt)
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Line],
+    ylabel: str,
+    alt: str,
+    note: str = "",
+    xlabel: str = "epoch",
+    ticks: Mapping[float, str] | None = None,
+) -> Chart:
+    """A chart of `lines` with its heading and legend."""
+    return Chart(title, lines(series, ylabel, alt, xlabel, ticks), styles([line.name for line in series]), note)
 
 
 def dots(rows: Mapping[int, tuple[Sequence[float], Mean]], chance: Sequence[float], xlabel: str, alt: str) -> Picture:

@@ -5,8 +5,7 @@ Photos are shown reduced and in bounded numbers, so that the page of any run sta
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from orl import InputError, __version__, artifacts
 from orl.data import decode
 from orl.data.manifest import load
 from orl.report import figures
-from orl.report.figures import Drawing, Line, Picture, Style
-from orl.report.repeats import Mean, arm_of, by_arm, mean
+from orl.report.figures import Chart, Drawing, Line, Picture, Style, line_chart
+from orl.report.repeats import by_arm, mean
+from orl.report.scores import given_once, rank, result_of, tasks
 
 SEED = 0  # of what is sampled to be shown
 QUERIES, NEIGHBORS = 8, 5  # of the gallery
@@ -29,53 +29,7 @@ SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, galler
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
-FEW = 3  # models whose scores need no chart
-ORDER = ("random", "stage1", "orl")  # models that come first
-TITLES = {"voc07_svm": "VOC07 linear SVM"}
 METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table as text, and whether it is the best of its kind."""
-
-    text: str
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure with its heading and legend: what the lines are, or what the numbered rows are."""
-
-    title: str
-    picture: Picture
-    legend: list[Style]
-    note: str = ""
-    rows: Sequence[str] = ()  # number and name
-
-
-@dataclass(frozen=True)
-class Score:
-    """The mAP of a model, over its seeds."""
-
-    model: str
-    seeds: int
-    score: Cell
-    changes: list[str]  # against each of the task's references
-    chance: str
-
-
-@dataclass(frozen=True)
-class Task:
-    """The scores of all models in one downstream task."""
-
-    title: str
-    references: list[str]  # the models that others are compared with
-    rows: list[Score]
-    classes: list[tuple[str, list[Cell]]]  # AP of every class, by model
-    left_out: list[tuple[str, str]]  # class, reason
-    notes: list[str]
-    charts: list[Chart]
 
 
 @dataclass(frozen=True)
@@ -146,7 +100,7 @@ def report(
     def photo(row: int) -> decode.Photo:
         return load(root, manifest, row, exif)
 
-    tasks = _tasks(scores_paths)
+    scores = tasks(scores_paths)
     recalls = _recalls(recalls_paths)
     precisions = _precisions(pairs_paths)
     context = {
@@ -156,7 +110,7 @@ def report(
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
         "rejected_count": len(rejected),
-        "tasks": tasks,
+        "tasks": scores,
         "curves": _curves(metrics_paths),
         "recalls": recalls,
         "recall_chart": _recall_chart(recalls),
@@ -173,13 +127,8 @@ def report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
-    for task in tasks:
-        for row in task.rows:
-            changes = zip(row.changes, task.references, strict=True)
-            said = [f"{row.seeds} seeds"] if row.seeds > 1 else []
-            said += [f"{change} against {reference}" for change, reference in changes if change]
-            said += [f"chance {row.chance}"] if row.chance else []
-            print(f"{task.title}: {row.model}: mAP {row.score.text}" + (f" ({', '.join(said)})" if said else ""))
+    for task in scores:
+        print("\n".join(task.lines))
     print(f"page: {output}")
 
 
@@ -199,130 +148,12 @@ def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, s
     return rows
 
 
-def _rank(model: str) -> tuple[int, str, int]:
-    arm, seed = arm_of(model)
-    return (ORDER.index(arm) if arm in ORDER else len(ORDER), arm, seed)
-
-
-def _given_once(path: str, result: dict, found: Iterable[str]) -> str:
-    """The model of a result, which is not in `found`: given twice, it would count as a repeat. Raises InputError."""
-    model = str(result["model"])
-    if model in found:
-        raise InputError(f"{path}: model {model!r} of {result['task']} is given twice; name one file of each.")
-    return model
-
-
-# Scores
-
-
-def _tasks(paths: Sequence[str]) -> list[Task]:
-    found: dict[str, dict[str, dict]] = {}  # task -> model -> result
-    for path in paths:
-        result = artifacts.read_results(path)
-        models = found.setdefault(str(result["task"]), {})
-        if not isinstance(result["metrics"], dict) or not isinstance(result["metrics"].get("mAP"), (int, float)):
-            raise InputError(f"{path}: holds no mAP; evaluate again.")
-        models[_given_once(path, result, models)] = result
-    return [_task(name, models) for name, models in sorted(found.items())]
-
-
-def _task(name: str, results: dict[str, dict]) -> Task:
-    arms = {
-        arm: [results[model]["metrics"] for model in models]
-        for arm, models in by_arm(sorted(results, key=_rank)).items()
-    }
-    scores = {arm: mean([one["mAP"] for one in repeats]) for arm, repeats in arms.items()}
-    base = next((arm for arm in arms if arm.split("-")[0] == "stage1"), None)
-    own = next((arm for arm in arms if arm.startswith("orl")), None)  # a plain orl ranks first
-    references = [arm for arm in (base, own) if arm is not None and len(arms) > 1]
-    rows, chances = [], {}
-    for (arm, repeats), cell in zip(arms.items(), _cells(list(scores.values())), strict=True):
-        changes = [scores[arm].minus(scores[other]).text(2, sign=True) if arm != other else "" for other in references]
-        chance = [one["chance_mAP"] for one in repeats if one.get("chance_mAP") is not None]
-        if chance:
-            chances[arm] = f"{mean(chance).value:.2f}"
-        rows.append(Score(arm, len(repeats), cell, changes, chances.get(arm, "")))
-    classes = []
-    for label in dict.fromkeys(label for repeats in arms.values() for one in repeats for label in one.get("AP", {})):
-        given = [[one.get("AP", {}).get(label) for one in repeats] for repeats in arms.values()]
-        values = [[value for value in arm if value is not None] for arm in given]
-        classes.append((label, _cells([Mean(mean(some).value) if some else None for some in values])))
-    left_out: dict[str, str] = {}
-    for repeats in arms.values():
-        for one in repeats:
-            left_out.update(one.get("classes_left_out", {}))
-    charts = _score_charts(arms, scores, sorted(set(chances.values())))
-    return Task(TITLES.get(name, name), references, rows, classes, sorted(left_out.items()), _notes(results), charts)
-
-
-def _score_charts(arms: dict[str, list[dict]], scores: dict[str, Mean], chance: list[str]) -> list[Chart]:
-    """Where there are repeats or more than a few models: the mAP of all, then closer, that of the trained ones."""
-    repeated = any(len(repeats) > 1 for repeats in arms.values())
-    if len(arms) <= FEW and not repeated:
-        return []
-
-    def chart(title: str, drawn: list[str], dashed: list[str]) -> Chart:
-        numbers = {number: arm for number, arm in enumerate(arms, 1) if arm in drawn}
-        rows = {number: ([one["mAP"] for one in arms[arm]], scores[arm]) for number, arm in numbers.items()}
-        alt = f"{title}, in percent: " + "; ".join(f"{arm} {scores[arm].text(2)}" for arm in drawn)
-        notes = ["Bars: ± 2 standard errors; small dots: seeds."] if repeated else []
-        notes += ["Dashed: chance."] if dashed else []
-        picture = figures.dots(rows, [float(value) for value in dashed], "mAP, percent", alt)
-        return Chart(title, picture, [], " ".join(notes), [f"{number}: {arm}" for number, arm in numbers.items()])
-
-    trained = [arm for arm in arms if arm.split("-")[0] != "random"]
-    charts = [chart("mAP", list(arms), chance)]
-    if len(trained) > 1:
-        charts.append(chart("mAP of trained models", trained, []))
-    return charts
-
-
-def _cells(means: Sequence[Mean | None]) -> list[Cell]:
-    """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
-    given = [round(one.value, 2) for one in means if one is not None]
-    best = max(given) if len(given) > 1 else None
-    return [Cell("–") if one is None else Cell(one.text(2), round(one.value, 2) == best) for one in means]
-
-
-def _notes(results: dict[str, dict]) -> list[str]:
-    """What the scores were measured on, and which fits did not converge."""
-    on: dict[str, list[str]] = {}
-    notes = []
-    for arm, models in by_arm(sorted(results, key=_rank)).items():
-        for model in models:
-            data = results[model]["data"]
-            if isinstance(data, dict) and {"root", "train", "test", "train_split", "test_split"} <= set(data):
-                text = "{train} photos of {train_split} to train, {test} of {test_split} to test, in {root}"
-                on.setdefault(text.format(**data), []).append(model)
-        fits, failed = (
-            sum(results[model]["metrics"].get(key, 0) for model in models) for key in ("fits", "not_converged")
-        )
-        if failed:
-            notes.append(f"{arm}: {failed:,} of {fits:,} SVM fits stopped before they converged.")
-    if len(on) == 1:
-        return [f"{text}." for text in on] + notes
-    different = [f"{_together(who, results)}: {text}." for text, who in on.items()]
-    if different:
-        different.append("The models were measured on different data: their scores cannot be compared.")
-    return different + notes
-
-
-def _together(models: Iterable[str], among: Iterable[str]) -> str:
-    """The names of models; of an arm all of whose models are there, the arm's."""
-    whole = by_arm(among)
-    return ", ".join(
-        name
-        for arm, repeats in by_arm(models).items()
-        for name in ([arm] if len(repeats) == len(whole[arm]) else repeats)
-    )
-
-
 # Training
 
 
 def _curves(paths: Sequence[str]) -> list[Chart]:
     """A loss chart per model, then feature spread and learning rate of all; of repeats, only the first is drawn."""
-    found = sorted(((Path(path).resolve().parent.name, _metrics(path)) for path in paths), key=lambda m: _rank(m[0]))
+    found = sorted(((Path(path).resolve().parent.name, _metrics(path)) for path in paths), key=lambda m: rank(m[0]))
     found = [(name, columns) for name, columns in found if len(columns["epoch"])]
     firsts = {repeats[0]: len(set(repeats)) for repeats in by_arm(name for name, _ in found).values()}
     models = [(name, columns) for name, columns in found if name in firsts]
@@ -337,7 +168,7 @@ def _curves(paths: Sequence[str]) -> list[Chart]:
             lines.append(Line("total", columns["epoch"], columns["loss"]))
         epoch, loss = columns["epoch"], columns["loss"]
         alt = f"Loss of {name} by epoch: {loss[0]:.2f} in epoch {epoch[0]:.0f}, {loss[-1]:.2f} in epoch {epoch[-1]:.0f}"
-        charts.append(_line_chart(f"Loss of {name}", lines, "loss", alt, others if firsts[name] > 1 else ""))
+        charts.append(line_chart(f"Loss of {name}", lines, "loss", alt, others if firsts[name] > 1 else ""))
     rest = [f"{len(models) - CHARTS} more models are not drawn."] if len(models) > CHARTS else []
     rest += [others] if max(firsts.values()) > 1 else []
     for column, title, label, note in (
@@ -347,13 +178,8 @@ def _curves(paths: Sequence[str]) -> list[Chart]:
         lines = [Line(name, columns["epoch"], columns[column]) for name, columns in models[:CHARTS]]
         last = "; ".join(f"{line.name} {line.y[-1]:.2g}" for line in lines)
         alt = f"{title} by epoch; in the last epoch: {last}"
-        charts.append(_line_chart(title, lines, label, alt, " ".join(note + rest)))
+        charts.append(line_chart(title, lines, label, alt, " ".join(note + rest)))
     return charts
-
-
-def _line_chart(title: str, lines: list[Line], ylabel: str, alt: str, note: str = "", xlabel: str = "epoch") -> Chart:
-    legend = figures.styles([line.name for line in lines])
-    return Chart(title, figures.lines(lines, ylabel, alt, xlabel), legend, note)
 
 
 def _metrics(path: str) -> dict[str, np.ndarray]:
@@ -411,9 +237,9 @@ def _gallery(
     gallery = []
     for row in map(int, queries):
         near = []
-        for rank, other in enumerate(neighbors.index[row, :NEIGHBORS]):
-            text = f"{neighbors.similarity[row, rank]:.3f}"
-            alt = f"Neighbour {rank + 1}, similarity {text}: {manifest.path[other]}"
+        for place, other in enumerate(neighbors.index[row, :NEIGHBORS]):
+            text = f"{neighbors.similarity[row, place]:.3f}"
+            alt = f"Neighbour {place + 1}, similarity {text}: {manifest.path[other]}"
             near.append((figures.photo(photo(int(other)), SMALL_SIDE, alt), text))
         path = str(manifest.path[row])
         gallery.append(Query(path, figures.photo(photo(row), SMALL_SIDE, f"Query: {path}"), near))
@@ -498,22 +324,13 @@ def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled:
 # Measurements of stage 2
 
 
-@contextmanager
-def _result_of(path: str, task: str) -> Iterator[None]:
-    """InputError for what goes wrong in the body because `path` is no result of `orl evaluate TASK`."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: is no result of `orl evaluate {task}` ({error}); evaluate again.") from None
-
-
 def _recalls(paths: Sequence[str]) -> list[Recall]:
     """The results of `orl evaluate proposals`, by arm. Raises InputError."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         result = artifacts.read_results(path)
-        model = _given_once(path, result, found)
-        with _result_of(path, "proposals"):
+        model = given_once(path, result, found)
+        with result_of(path, "proposals"):
             metrics, settings, data = result["metrics"], result["settings"], result["data"]
             curves = [
                 np.array(metrics["recall"][name][iou], float) for name in ("all", "large") for iou in ("0.5", "0.7")
@@ -570,8 +387,8 @@ def _precisions(paths: Sequence[str]) -> list[Precision]:
     found: dict[str, tuple[list[float], list[Line]]] = {}
     for path in paths:
         result = artifacts.read_results(path)
-        model = _given_once(path, result, found)
-        with _result_of(path, "pairs"):
+        model = given_once(path, result, found)
+        with result_of(path, "pairs"):
             metrics = result["metrics"]
             right, same, other, *on_objects = (
                 100 * float(metrics[key])
@@ -598,6 +415,6 @@ def _precisions(paths: Sequence[str]) -> list[Precision]:
         alt = f"Precision of {arm} in percent, by number of neighbours; of all neighbours: {ends}"
         note = "A line for each share: of two photos, the most similar pairs, as many as this share of the boxes."
         note += " Other seeds are not drawn." if len(models) > 1 else ""
-        chart = _line_chart(f"Precision of {arm}", lines, "precision, percent", alt, note, "neighbours")
+        chart = line_chart(f"Precision of {arm}", lines, "precision, percent", alt, note, "neighbours")
         precisions.append(Precision(arm, len(models), cells, chart))
     return precisions

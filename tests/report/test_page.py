@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import math
 import re
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 from orl import InputError, artifacts, cli
 from orl.report import figures
 from orl.report.page import CHARTS, QUERIES, report
+from orl.report.scores import CURVES, tasks
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
 VOID = {"meta", "img", "link", "br", "wbr", "input"}
@@ -30,6 +32,7 @@ class Page(HTMLParser):
         self.images: list[str] = []
         self.loads: list[str] = []
         self.rows: list[list[str]] = []
+        self.tables: dict[str, list[list[str]]] = {}  # by what is read out before them
         self.bold: list[str] = []
         self.text = ""
         self.labels: list[str] = []
@@ -51,8 +54,11 @@ class Page(HTMLParser):
             self.images.append(given["src"])
         if tag == "image":
             self.images.append(given["href"])
+        if tag == "table":
+            self.tables[self.labels[-1]] = []
         if tag == "tr":
             self.rows.append([])
+            list(self.tables.values())[-1].append(self.rows[-1])
         if tag in ("td", "th"):
             self.rows[-1].append("")
         if tag not in VOID:
@@ -98,8 +104,79 @@ def result(model: str, score: float, **metrics: Any) -> dict:
         "model": model,
         "metrics": {"mAP": score, "chance_mAP": 7.5, "AP": {"cat": score, "dog <small>": 50.0}, **metrics},
         "settings": {},
-        "data": {"root": "voc", "train_split": "a", "test_split": "b", "train": 5, "test": 4},
+        "data": dict(VOC),
     }
+
+
+VOC = {"root": "voc", "train_split": "a", "test_split": "b", "train": 5, "test": 4}
+
+
+def labelled(name: str, **changes: Any) -> dict:
+    """The `data` of a result on a labelled set."""
+    parts = {"train": "train", "val": "val", "train_photos": 5000, "val_photos": 1000, "classes": 50}
+    return {"set": name, "root": f"data/{name}", **parts, "fingerprint": "f", "weights_fingerprint": "w", **changes}
+
+
+def lowshot(model: str, scores: list[float], shots: list[int], protocol: str = "clean", **metrics: Any) -> dict:
+    """Of two samples, 1 above and below each score."""
+    metrics = {
+        "shots": shots,
+        "mAP": scores,
+        "std": [1.0] * len(shots),
+        "mAP_of_samples": [[score - 1, score + 1] for score in scores],
+        "cost": [1.0] * len(shots),
+        "classes": [4] * len(shots),
+        "classes_left_out": {},
+        "too_few_positives": {},
+        "shots_left_out": [],
+        "chance_mAP": 7.5,
+        "fits": 90,
+        "not_converged": 0,
+        **metrics,
+    }
+    settings = {"downstream": {"voc07_lowshot": {"protocol": protocol}}}
+    return {"task": "voc07_lowshot", "model": model, "metrics": metrics, "settings": settings, "data": VOC}
+
+
+def linear(model: str, name: str, scores: list[float], epochs: int = 2, **data: Any) -> dict:
+    """Top-1 of the stages from 1 on; top-5 is 20 more; the last stage rises to its score by 1 each epoch."""
+    top1 = {str(stage): score for stage, score in enumerate(scores, 1)}
+    history = [
+        {
+            "epoch": epoch,
+            "top1": {stage: score - epochs + epoch for stage, score in top1.items()},
+            "top5": {},
+            "loss": {},
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+    top5 = {stage: score + 20 for stage, score in top1.items()}
+    metrics = {"top1": top1, "top5": top5, "epochs": history, "chance_top1": 2.0}
+    return {"task": "linear", "model": model, "metrics": metrics, "settings": {}, "data": labelled(name, **data)}
+
+
+def semi(model: str, scores: dict[str, float], head: int = 10, runs: int = 5) -> dict:
+    """Top-1 by share of the labels, ± 0.5; top-5 is 20 more, ± 0.25; two settings were tried."""
+    shares = {
+        share: {
+            "lr": 0.01,
+            "head": head,
+            "top1": score,
+            "top1_std": 0.5,
+            "top5": score + 20,
+            "top5_std": 0.25,
+            "runs": [{"seed": seed, "top1": score, "top5": score + 20} for seed in range(runs)],
+            "grid": [{"lr": lr, "head": head, "top1": score - lr, "top5": score + 20} for lr in (0.01, 0.1)],
+        }
+        for share, score in scores.items()
+    }
+    metrics = {"shares": shares, "chance_top1": 2.0}
+    return {"task": "semi", "model": model, "metrics": metrics, "settings": {}, "data": labelled("objects")}
+
+
+def knn(model: str, scores: dict[str, float], **data: Any) -> dict:
+    metrics = {"top1": scores, "chance_top1": 2.0}
+    return {"task": "knn", "model": model, "metrics": metrics, "settings": {}, "data": labelled("objects", **data)}
 
 
 PRECISION = {
@@ -351,6 +428,221 @@ def test_scores_are_drawn_where_a_table_is_hard_to_read(tmp_path: Path) -> None:
     assert "Bars: ± 2 standard errors; small dots: seeds. Dashed: chance." in page.text
     assert f"mAP, in percent: random 60.00; stage1 60.50 ± 0.50; {ODD} 60.00" in page.labels
     assert f"mAP of trained models, in percent: stage1 60.50 ± 0.50; {ODD} 60.00" in page.labels
+
+
+def test_tasks_by_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Tables by k, stage and share, in the order of the tasks; the best of each column; what is printed."""
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_score(knn("stage1", {"20": 30.0, "200": 31.0}))
+    run.add_score(knn("orl", {"200": 31.04, "20": 33.3}))
+    run.add_score(semi("orl", {"0.1": 41.0, "0.01": 23.4}, head=100))
+    run.add_score(semi("stage1", {"0.01": 20.0}))
+    run.add_score(linear("orl", "objects", [20.0, 25.0, 30.0, 33.0, 31.2]))
+    run.add_score(linear("stage1", "objects", [21.0, 22.0, 23.0, 24.0, 25.0]))
+    run.add_score(linear("orl", "birds", [5.0]))
+    few = {"cat": 3, "dog": 5, "cow": 7}
+    left_out = {"shots_left_out": [16, 32], "classes_left_out": {"sofa": "no positive test photo"}}
+    run.add_score(lowshot("orl", [17.6, 25.0, 28.3], [1, 4, 8], too_few_positives=few, not_converged=3, **left_out))
+    run.add_score(result("orl", 64.0, stages={str(stage): {"mAP": 59.0 + stage} for stage in range(1, 6)}))
+    run.add_score(result("stage1", 60.0, stages={"5": {"mAP": 60.0}}))
+    run.add_score(result("random", 20.0))
+    page = Page(run.write(stage2=False))
+    assert list(page.tables)[2:] == [
+        "VOC07 linear SVM: AP of each class",
+        "Low-shot SVM: mAP by k",
+        "Linear classification: birds: Top-1 by stage",
+        "Linear classification: birds: Top-5 by stage",
+        "Linear classification: objects: Top-1 by stage",
+        "Linear classification: objects: Top-5 by stage",
+        "Semi-supervised classification: objects: By share of labels",
+        "Semi-supervised classification: objects: Best setting",
+        "Semi-supervised classification: objects: Top-1 of each setting, 1 % of labels",
+        "Semi-supervised classification: objects: Top-1 of each setting, 10 % of labels",
+        "k-NN classification: objects: Top-1 by k",
+    ]
+    assert page.tables["VOC07 linear SVM: mAP by stage"] == [
+        ["Model", *(f"stage {stage}" for stage in range(1, 6))],
+        ["random", *"–––––"],
+        ["stage1", *"––––", "60.00"],
+        ["orl", "60.00", "61.00", "62.00", "63.00", "64.00"],
+    ]
+    assert page.tables["Low-shot SVM: mAP by k"] == [
+        ["Model", "k = 1", "k = 4", "k = 8"],
+        ["orl", "17.6 ± 1.0", "25.0 ± 1.0", "28.3 ± 1.0"],
+    ]
+    assert page.tables["Linear classification: objects: Top-5 by stage"] == [
+        ["Model", *(f"stage {stage}" for stage in range(1, 6))],
+        ["stage1", "41.0", "42.0", "43.0", "44.0", "45.0"],
+        ["orl", "40.0", "45.0", "50.0", "53.0", "51.2"],
+    ]
+    name = "Semi-supervised classification: objects"
+    assert page.tables[f"{name}: By share of labels"] == [
+        ["Model", "top-1, 1 %", "top-1, 10 %", "top-5, 1 %", "top-5, 10 %"],
+        ["stage1", "20.0 ± 0.5", "–", "40.0 ± 0.2", "–"],
+        ["orl", "23.4 ± 0.5", "41.0 ± 0.5", "43.4 ± 0.2", "61.0 ± 0.2"],
+    ]
+    assert page.tables[f"{name}: Best setting"][1:] == [
+        ["stage1", "lr 0.01, head 10", "–"],
+        ["orl", "lr 0.01, head 100", "lr 0.01, head 100"],
+    ]
+    assert page.tables[f"{name}: Top-1 of each setting, 1 % of labels"] == [
+        ["Setting", "stage1", "orl"],
+        ["lr 0.01, head 10", "19.99", "–"],
+        ["lr 0.1, head 10", "19.90", "–"],
+        ["lr 0.01, head 100", "–", "23.39"],
+        ["lr 0.1, head 100", "–", "23.30"],
+    ]
+    table = [["Model", "k = 20", "k = 200"], ["stage1", "30.0", "31.0"], ["orl", "33.3", "31.0"]]
+    assert page.tables["k-NN classification: objects: Top-1 by k"] == table
+    assert page.bold[-5:] == ["23.4 ± 0.5", "43.4 ± 0.2", "31.0", "33.3", "31.0"]
+    for note in (
+        "Means over samples of the training photos ± their standard deviation.",
+        "Clean protocol: costs are chosen by cross-validation",
+        "Classes with fewer positives than k are left out at that k: 1 at k = 4, 3 at k = 8.",
+        "No class has enough positives for k = 16, 32.",
+        "orl: 3 of 90 SVM fits stopped",
+        "sofa: no positive test photo",
+        "5,000 photos of train to train, 1,000 of val to test, 50 classes, in data/birds.",
+    ):
+        assert page.text.count(note) == 1
+    assert page.text.count("50 classes, in data/objects.") == 3
+    assert page.text.count("Chance: 2.00.") == 4
+    assert "cannot be compared" not in page.text
+    drawn = chart_words(page)
+    assert [{word for word in words if not re.fullmatch(r"[\d.]+", word)} for words in drawn] == [
+        {"k: positive photos of a class", "mAP, percent"},
+        {"epoch", "top-1, percent"},  # of birds, where there is one stage
+        {"stage", "top-1, percent"},
+        {"epoch", "top-1, percent"},
+        {"share of labels", "top-1, percent", "1 %", "10 %"},
+    ]
+    assert {"1", "4", "8"} <= drawn[0]
+    assert "2" not in drawn[0]
+    assert "Top-1 of the last stage by epoch, in percent: stage1 24.0 to 25.0; orl 30.2 to 31.2" in page.labels
+    assert capsys.readouterr().out.splitlines()[3:-1] == [
+        "Low-shot SVM: orl: mAP 17.6 (k = 1) … 28.3 (k = 8)",
+        "Linear classification, birds: orl: top-1 5.0 (stage 1)",
+        "Linear classification, objects: stage1: top-1 25.0 (stage 5)",
+        "Linear classification, objects: orl: top-1 31.2 (stage 5), best 33.0 (stage 4)",
+        "Semi-supervised, objects: stage1: top-1 20.0 (1 %)",
+        "Semi-supervised, objects: orl: top-1 23.4 (1 %), 41.0 (10 %)",
+        "k-NN, objects: stage1: top-1 30.0 (k = 20), 31.0 (k = 200)",
+        "k-NN, objects: orl: top-1 33.3 (k = 20), 31.0 (k = 200)",
+    ]
+
+
+def test_tasks_by_column_of_repeats(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Seeds take the place of samples and runs; what each ± means is told."""
+    run = Run(tmp_path, 3, 1, size=100)
+    scores = [[20.0, 30.0], [21.5, 30.5], [20.9, 33.0]]
+    for seed, (first, last) in enumerate(scores):
+        model = f"orl.seed{seed}"
+        run.add_score(lowshot(model, [first, last], [1, 2]))
+        run.add_score(semi(model, {"0.01": first, "0.1": last}, head=10 if seed < 2 else 100, runs=1))
+    run.add_score(lowshot("stage1", [10.0, 15.0], [1, 2], protocol="release"))
+    run.add_score(semi("stage1", {"0.01": 10.0}, runs=1))
+    page = Page(run.write(stage2=False))
+    means, errors = np.mean(scores, 0), np.std(scores, 0, ddof=1) / math.sqrt(3)
+    cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(means, errors, strict=True)]
+    assert cells == ["20.8 ± 0.4", "31.2 ± 0.9"]
+    low = page.tables["Low-shot SVM: mAP by k"]
+    assert low[1:] == [["stage1", "1", "10.0 ± 1.0", "15.0 ± 1.0"], ["orl", "3", *cells]]
+    shares = page.tables["Semi-supervised classification: objects: By share of labels"]
+    assert shares[1][:4] == ["stage1", "1", "10.0", "–"]  # of a single run
+    assert shares[2][:4] == ["orl", "3", *cells]
+    settings = page.tables["Semi-supervised classification: objects: Best setting"]
+    assert settings[2] == ["orl", "3", *["lr 0.01, head 10; lr 0.01, head 100"] * 2]
+    errors_of_both = (
+        "Means over seeds ± their standard errors; of models with a single seed, means over samples of the training "
+        "photos ± their standard deviation."
+    )
+    assert page.text.count(errors_of_both) == 1
+    assert page.text.count("Means over seeds ± their standard errors.") == 1
+    assert "stage1: Protocol of the ORL release: the cost of each k is the best on the test photos." in page.text
+    assert "orl: Clean protocol" in page.text
+    assert page.text.count("Bars: ±, as in the table.") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [
+        "Low-shot SVM: stage1: mAP 10.0 (k = 1) … 15.0 (k = 2)",
+        f"Low-shot SVM: orl: mAP {cells[0]} (k = 1) … {cells[1]} (k = 2), 3 seeds",
+        "Semi-supervised, objects: stage1: top-1 10.0 (1 %)",
+        f"Semi-supervised, objects: orl: top-1 {cells[0]} (1 %), {cells[1]} (10 %), 3 seeds",
+    ]
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "g"}, {"val_photos": 900}])
+def test_models_of_a_set_that_changed_are_named(tmp_path: Path, change: dict) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    run.add_score(knn("orl", {"20": 30.0}))
+    run.add_score(knn("stage1", {"20": 30.0}, **change))
+    text = Page(run.write(stage2=False)).text
+    assert "orl: 5,000 photos of train to train, 1,000 of val to test, 50 classes" in text
+    assert "stage1: 5,000 photos" in text
+    assert "their scores cannot be compared" in text
+
+
+def test_scores_on_another_voc_of_the_same_size_are_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    for model, fingerprint in (("orl", "f"), ("stage1", "g")):
+        value = result(model, 60.0)
+        run.add_score({**value, "data": {**value["data"], "fingerprint": fingerprint}})
+    assert "their scores cannot be compared" in Page(run.write(stage2=False)).text
+
+
+def test_curves_are_bounded_and_need_two_points(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, 1, size=100)
+    for number in range(CURVES + 2):
+        run.add_score(lowshot(f"model{number}", [1.0, 2.0], [1, 2]))
+    run.add_score(linear("orl", "objects", [30.0], epochs=1))
+    page = Page(run.write(stage2=False))
+    assert len(page.images) == 1
+    assert len(page.tables["Low-shot SVM: mAP by k"]) == 1 + CURVES + 2
+    assert "2 more models are not drawn." in page.text
+
+
+def without(value: dict, *keys: str) -> dict:
+    """A result without the entry that the keys lead to."""
+    value = json.loads(json.dumps(value))
+    inner = value
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return value
+
+
+LOWSHOT, LINEAR = lowshot("m", [1.0, 2.0], [1, 2]), linear("m", "objects", [1.0, 2.0])
+SEMI, KNN = semi("m", {"0.01": 1.0}), knn("m", {"20": 1.0})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(without(LOWSHOT, "metrics", key) for key in ("shots", "mAP", "std", "mAP_of_samples", "too_few_positives")),
+        without(LOWSHOT, "settings", "downstream"),
+        lowshot("m", [1.0, 2.0], [1, 2, 4]),
+        lowshot("m", [], []),
+        lowshot("m", [1.0], [1], protocol="other"),
+        lowshot("m", [1.0], [1], std=[None]),
+        lowshot("m", [1.0], [1], too_few_positives={"cat": "3"}),
+        *(without(LINEAR, "metrics", key) for key in ("top1", "top5", "epochs")),
+        without(LINEAR, "metrics", "epochs", 0, "top1", "2"),
+        without(LINEAR, "data", "train_photos"),
+        {**LINEAR, "data": []},
+        {**LINEAR, "metrics": {**LINEAR["metrics"], "top1": {"one": 1.0}}},
+        {**LINEAR, "metrics": {**LINEAR["metrics"], "top1": {}}},
+        *(without(SEMI, "metrics", "shares", "0.01", key) for key in ("lr", "top1", "top1_std", "runs", "grid")),
+        {**SEMI, "metrics": {"shares": {}}},
+        {**KNN, "metrics": []},
+        {**KNN, "metrics": {"top1": {"20": "high"}}},
+        {**KNN, "metrics": {"top1": {}}},
+        result("m", 60.0, stages={"1": {}}),
+        result("m", 60.0, AP=[60.0]),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, value: dict) -> None:
+    artifacts.write_json(tmp_path / "score.json", value)
+    with pytest.raises(InputError, match=r"score.json: is no result of `orl evaluate \w+` \(.+\); evaluate again.$"):
+        tasks([str(tmp_path / "score.json")])
 
 
 def test_models_are_compared_with_the_first_orl_where_none_is_plain(tmp_path: Path) -> None:
@@ -663,6 +955,7 @@ def add_pairs(**metrics: Any) -> Callable[[Run], None]:
         (lambda run: run.add_pairs("pairs"), "pairs1.json: model 'pairs' of pairs is given twice"),
         (lambda run: run.add_recall("proposals"), "recall1.json: model 'proposals' of proposals is given twice"),
         (twice, "score1.json: model 'stage1' of voc07_svm is given twice"),
+        (lambda run: run.add_score({**KNN, "metrics": {}}), "score1.json: is no result of `orl evaluate knn`"),
     ],
 )
 def test_bad_input_writes_nothing(tmp_path: Path, change: Callable[[Run], None], message: str) -> None:

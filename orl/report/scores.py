@@ -1,0 +1,450 @@
+"""The scores of the report: results of the downstream tasks as tables, charts and the lines that are printed."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orl import InputError, artifacts
+from orl.report import figures
+from orl.report.figures import Chart, Line, line_chart
+from orl.report.repeats import Mean, arm_of, by_arm, mean
+
+FEW = 3  # models whose mAP needs no chart
+CURVES = 12  # models at most in a chart of lines
+ORDER = ("random", "stage1", "orl")  # models that come first
+TITLES = {
+    "voc07_svm": "VOC07 linear SVM",
+    "voc07_lowshot": "Low-shot SVM",
+    "linear": "Linear classification",
+    "semi": "Semi-supervised classification",
+    "knn": "k-NN classification",
+}
+PRINTED = {**TITLES, "semi": "Semi-supervised", "knn": "k-NN"}
+SPREADS = {"voc07_lowshot": "samples of the training photos", "semi": "runs"}
+PROTOCOLS = {
+    "release": "Protocol of the ORL release: the cost of each k is the best on the test photos.",
+    "clean": "Clean protocol: costs are chosen by cross-validation within the samples, without the test photos.",
+}
+
+Series = dict[float, Mean]  # by stage, k, percent of labels or epoch: a score in percent, with its spread if known
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table as text, and whether it is the best of its kind."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named rows of cells; `heads` are those of all columns, the names' first."""
+
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The scores of all models in one downstream task on one data set."""
+
+    title: str
+    tables: list[Table]
+    notes: list[str]
+    charts: list[Chart]
+    folded: list[Table]
+    left_out: list[tuple[str, str]]  # class, reason
+    lines: list[str]  # to print
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a result says of its model."""
+
+    scores: dict[str, Series]
+    parts: dict[tuple[str, str], dict[str, float]]  # title of a folded table and what its rows are -> row -> percent
+    chosen: dict[float, str]  # the best setting, by percent of labels
+    notes: list[str]
+    data: tuple[str, str]  # what it was measured on, and its fingerprint; empty where not told
+    left_out: dict[str, str]  # class -> reason
+    fits: tuple[int, int]  # and those among them that did not converge
+
+
+def rank(model: str) -> tuple[int, str, int]:
+    """The place of a model among others, as a sort key."""
+    arm, seed = arm_of(model)
+    return (ORDER.index(arm) if arm in ORDER else len(ORDER), arm, seed)
+
+
+def given_once(path: str, result: dict, found: Iterable[str]) -> str:
+    """The model of a result, which is not in `found`: given twice, it would count as a repeat. Raises InputError."""
+    model = str(result["model"])
+    if model in found:
+        raise InputError(f"{path}: model {model!r} of {result['task']} is given twice; name one file of each.")
+    return model
+
+
+@contextmanager
+def result_of(path: str, task: str) -> Iterator[None]:
+    """InputError for what goes wrong in the body because `path` is no result of `orl evaluate TASK`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is no result of `orl evaluate {task}` ({error}); evaluate again.") from None
+
+
+def tasks(paths: Sequence[str]) -> list[Task]:
+    """The results of each task on each data set; a task of no known name needs an mAP. Raises InputError."""
+    found: dict[tuple[str, str], dict[str, Reading]] = {}  # task, set -> model -> reading
+    for path in paths:
+        result = artifacts.read_results(path)
+        task, metrics = str(result["task"]), result["metrics"]
+        if task not in SHOWN and not (isinstance(metrics, dict) and isinstance(metrics.get("mAP"), (int, float))):
+            raise InputError(f"{path}: holds no mAP; evaluate again.")
+        with result_of(path, task):
+            name = str(result["data"].get("set") or "")
+            reading = _read(task, result)
+        models = found.setdefault((task, name), {})
+        models[given_once(path, result, models)] = reading
+    known = list(TITLES)
+    order = sorted(found, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
+    return [_task(task, name, found[task, name]) for task, name in order]
+
+
+# Reading
+
+
+def _read(task: str, result: dict) -> Reading:
+    """What the page needs of a result. Raises LookupError, TypeError, ValueError or AttributeError if it is damaged."""
+    metrics = result["metrics"]
+    scores: dict[str, Series] = {}
+    parts: dict[tuple[str, str], dict[str, float]] = {}
+    chosen: dict[float, str] = {}
+    notes = []
+    if task == "voc07_lowshot":
+        shots = [int(k) for k in metrics["shots"]]
+        columns = zip(shots, metrics["mAP"], metrics["std"], metrics["mAP_of_samples"], strict=True)
+        scores["mAP"] = {k: _spread(value, std, samples) for k, value, std, samples in columns}
+        notes.append(PROTOCOLS[result["settings"]["downstream"][task]["protocol"]])
+        few = {k: sum(positives < k for positives in metrics["too_few_positives"].values()) for k in shots}
+        listed = ", ".join(f"{number} at k = {k}" for k, number in few.items() if number)
+        if listed:
+            notes.append(f"Classes with fewer positives than k are left out at that k: {listed}.")
+        if metrics["shots_left_out"]:
+            listed = ", ".join(map(str, metrics["shots_left_out"]))
+            notes.append(f"No class has enough positives for k = {listed}.")
+    elif task == "linear":
+        scores = {"top-1": _series(metrics["top1"]), "top-5": _series(metrics["top5"])}
+        last = max(metrics["top1"], key=float)
+        scores["epochs"] = _series({one["epoch"]: one["top1"][last] for one in metrics["epochs"]})
+    elif task == "semi":
+        for share, found in metrics["shares"].items():
+            percent = 100 * float(share)
+            for name, key in (("top-1", "top1"), ("top-5", "top5")):
+                value = _spread(found[key], found[f"{key}_std"], found["runs"])
+                scores.setdefault(name, {})[percent] = value
+            chosen[percent] = _setting(found)
+            parts[f"Top-1 of each setting, {percent:g} % of labels", "Setting"] = {
+                _setting(one): _number(one["top1"]) for one in found["grid"]
+            }
+    elif task == "knn":
+        scores["top-1"] = _series(metrics["top1"])
+    else:
+        scores["mAP"] = _series({0: metrics["mAP"]})  # a single one
+        scores["stages"] = _series({stage: one["mAP"] for stage, one in metrics.get("stages", {}).items()})
+        parts["AP of each class", "Class"] = {label: _number(ap) for label, ap in metrics.get("AP", {}).items()}
+    if not (scores.get("mAP") or scores.get("top-1")):
+        raise ValueError("it has no scores")
+    chance = metrics.get("chance_top1", metrics.get("chance_mAP"))
+    scores["chance"] = {} if chance is None else _series({0: chance})
+    if chance is not None and task in SHOWN:  # else it has a column
+        notes.append(f"Chance: {chance:.2f}.")
+    left_out = {label: str(reason) for label, reason in metrics.get("classes_left_out", {}).items()}
+    fits = int(metrics.get("fits", 0)), int(metrics.get("not_converged", 0))
+    return Reading(scores, parts, chosen, notes, _data(task, result["data"]), left_out, fits)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _series(values: Mapping[Any, Any]) -> Series:
+    return {float(key): Mean(_number(value)) for key, value in values.items()}
+
+
+def _spread(value: Any, std: Any, samples: Sequence) -> Mean:
+    """A score with its standard deviation, where that is of several."""
+    return Mean(_number(value), _number(std) if len(samples) > 1 else math.nan)
+
+
+def _setting(found: Mapping) -> str:
+    return f"lr {found['lr']}, head {found['head']}"
+
+
+def _data(task: str, data: Mapping) -> tuple[str, str]:
+    text = ""
+    if {"root", "train", "test", "train_split", "test_split"} <= set(data):
+        text = "{train} photos of {train_split} to train, {test} of {test_split} to test, in {root}."
+    elif task in ("linear", "semi", "knn"):
+        text = "{train_photos:,} photos of {train} to train, {val_photos:,} of {val} to test, "
+        text += "{classes:,} classes, in {root}."
+    return text.format(**data), str(data.get("fingerprint", ""))
+
+
+# Showing
+
+Arms = dict[str, list[Reading]]  # by model, a reading for each seed
+Shown = tuple[list[Table], list[Chart], dict[str, str]]  # and what is printed of each model
+
+
+def _task(task: str, name: str, readings: dict[str, Reading]) -> Task:
+    arms = {arm: [readings[model] for model in models] for arm, models in by_arm(sorted(readings, key=rank)).items()}
+    tables, charts, said = SHOWN.get(task, _svm)(arms)
+    title, printed = (names.get(task, task) for names in (TITLES, PRINTED))
+    if name:
+        title, printed = f"{title}: {name}", f"{printed}, {name}"
+    left_out: dict[str, str] = {}
+    for one in readings.values():
+        left_out.update(one.left_out)
+    seeds = {arm: f", {len(repeats)} seeds" for arm, repeats in arms.items() if len(repeats) > 1 and task in SHOWN}
+    lines = [f"{printed}: {arm}: {text}{seeds.get(arm, '')}" for arm, text in said.items()]
+    return Task(title, tables, _notes(task, readings, arms), charts, _parts(arms), sorted(left_out.items()), lines)
+
+
+def _svm(arms: Arms) -> Shown:
+    """The mAP of each model, against those that others are compared with, and by stage."""
+    scores = {arm: series[0] for arm, series in _means(arms, "mAP").items()}
+    chances = {arm: f"{series[0].value:.2f}" for arm, series in _means(arms, "chance").items() if series}
+    base = next((arm for arm in arms if arm.split("-")[0] == "stage1"), None)
+    own = next((arm for arm in arms if arm.startswith("orl")), None)  # a plain orl ranks first
+    columns = {"mAP": _cells(list(scores.values()), 2)}
+    more = {arm: [f"{len(repeats)} seeds"] if len(repeats) > 1 else [] for arm, repeats in arms.items()}
+    for other in [arm for arm in (base, own) if arm is not None and len(arms) > 1]:
+        changes = {arm: scores[arm].minus(scores[other]).text(2, sign=True) for arm in arms if arm != other}
+        columns[f"against {other}"] = [Cell(changes.get(arm, "")) for arm in arms]
+        for arm, change in changes.items():
+            more[arm].append(f"{change} against {other}")
+    columns["chance"] = [Cell(chances.get(arm, "")) for arm in arms]
+    for arm, chance in chances.items():
+        more[arm].append(f"chance {chance}")
+    tables = [_table("Scores", arms, columns)]
+    stages = _means(arms, "stages")
+    if any(len(series) > 1 for series in stages.values()):
+        tables.append(_table("mAP by stage", arms, _columns(stages, "stage {:g}", 2)))
+    said = {arm: f"mAP {scores[arm].text(2)}" + (f" ({', '.join(more[arm])})" if more[arm] else "") for arm in arms}
+    return tables, _dots(arms, scores, sorted(set(chances.values()))), said
+
+
+def _lowshot(arms: Arms) -> Shown:
+    means = _means(arms, "mAP")
+    charts = _curves("mAP by k", means, "mAP, percent", "k: positive photos of a class", "{:g}")
+    said = {
+        arm: f"mAP {' … '.join(texts[:1] + texts[1:][-1:])}" for arm, texts in _texts(means, arms, "k = {:g}").items()
+    }
+    return [_table("mAP by k", arms, _columns(means, "k = {:g}"))], charts, said
+
+
+def _linear(arms: Arms) -> Shown:
+    first, fifth = _means(arms, "top-1"), _means(arms, "top-5")
+    tables = [
+        _table("Top-1 by stage", arms, _columns(first, "stage {:g}")),
+        _table("Top-5 by stage", arms, _columns(fifth, "stage {:g}")),
+    ]
+    charts = _curves("Top-1 by stage", first, "top-1, percent", "stage")
+    epochs = {
+        arm: {key: Mean(one.value) for key, one in series.items()} for arm, series in _means(arms, "epochs").items()
+    }
+    charts += _curves("Top-1 of the last stage by epoch", epochs, "top-1, percent", "epoch")
+    said = {}
+    for arm, texts in _texts(first, arms, "stage {:g}").items():
+        values = [first[arm][stage].value for stage in sorted(first[arm])]
+        best = texts[int(np.argmax(values))]
+        said[arm] = f"top-1 {texts[-1]}" + (f", best {best}" if max(values) > values[-1] else "")
+    return tables, charts, said
+
+
+def _semi(arms: Arms) -> Shown:
+    first, fifth = _means(arms, "top-1"), _means(arms, "top-5")
+    columns = {**_columns(first, "top-1, {:g} %"), **_columns(fifth, "top-5, {:g} %")}
+    settings = {}
+    for share in sorted({share for series in first.values() for share in series}):
+        chosen = [dict.fromkeys(one.chosen.get(share, "–") for one in repeats) for repeats in arms.values()]
+        settings[f"{share:g} %"] = [Cell("; ".join(some)) for some in chosen]
+    tables = [_table("By share of labels", arms, columns), _table("Best setting", arms, settings)]
+    charts = _curves("Top-1 by share of labels", first, "top-1, percent", "share of labels", "{:g} %")
+    return tables, charts, {arm: f"top-1 {', '.join(texts)}" for arm, texts in _texts(first, arms, "{:g} %").items()}
+
+
+def _knn(arms: Arms) -> Shown:
+    means = _means(arms, "top-1")
+    said = {arm: f"top-1 {', '.join(texts)}" for arm, texts in _texts(means, arms, "k = {:g}").items()}
+    return [_table("Top-1 by k", arms, _columns(means, "k = {:g}"))], [], said
+
+
+SHOWN: dict[str, Callable[[Arms], Shown]] = {
+    "voc07_lowshot": _lowshot,
+    "linear": _linear,
+    "semi": _semi,
+    "knn": _knn,
+}
+
+
+def _means(arms: Arms, score: str) -> dict[str, Series]:
+    """A score of each model over its seeds; of a single one, with the spread that its result tells."""
+    means = {}
+    for arm, repeats in arms.items():
+        given = [one.scores.get(score, {}) for one in repeats]
+        keys = dict.fromkeys(key for series in given for key in series)
+        means[arm] = (
+            {key: mean([series[key].value for series in given if key in series]) for key in keys}
+            if len(given) > 1
+            else given[0]
+        )
+    return means
+
+
+def _texts(means: dict[str, Series], arms: Arms, column: str) -> dict[str, list[str]]:
+    """A score of each model to print, by column; with an error only if it is that of several seeds."""
+    return {
+        arm: [
+            f"{(one if len(arms[arm]) > 1 else Mean(one.value)).text(1)} ({column.format(key)})"
+            for key, one in sorted(series.items())
+        ]
+        for arm, series in means.items()
+    }
+
+
+def _columns(means: dict[str, Series], head: str, digits: int = 1) -> dict[str, list[Cell]]:
+    """A column for each key of any series, by its heading."""
+    keys = sorted({key for series in means.values() for key in series})
+    return {head.format(key): _cells([series.get(key) for series in means.values()], digits) for key in keys}
+
+
+def _cells(means: Sequence[Mean | None], digits: int) -> list[Cell]:
+    """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
+    given = [round(one.value, digits) for one in means if one is not None]
+    best = max(given) if len(given) > 1 else None
+    return [Cell("–") if one is None else Cell(one.text(digits), round(one.value, digits) == best) for one in means]
+
+
+def _table(title: str, arms: Arms, columns: Mapping[str, list[Cell]]) -> Table:
+    """A row for each model."""
+    if any(len(repeats) > 1 for repeats in arms.values()):
+        columns = {"seeds": [Cell(str(len(repeats))) for repeats in arms.values()], **columns}
+    rows = [(arm, [cells[row] for cells in columns.values()]) for row, arm in enumerate(arms)]
+    return Table(title, ["Model", *columns], rows)
+
+
+def _parts(arms: Arms) -> list[Table]:
+    """The scores of classes and settings: a row for each, a column for each model."""
+    found: dict[tuple[str, str], dict[str, None]] = {}  # title and heading -> rows, in order
+    for one in [one for repeats in arms.values() for one in repeats]:
+        for key, part in one.parts.items():
+            found.setdefault(key, {}).update(dict.fromkeys(part))
+    tables = []
+    for key, names in found.items():
+        rows = []
+        for name in names:
+            given = [[one.parts.get(key, {}).get(name) for one in repeats] for repeats in arms.values()]
+            values = [[value for value in arm if value is not None] for arm in given]
+            rows.append((name, _cells([Mean(mean(some).value) if some else None for some in values], 2)))
+        if rows:
+            tables.append(Table(key[0], [key[1], *arms], rows))
+    return tables
+
+
+def _curves(title: str, means: dict[str, Series], ylabel: str, xlabel: str, tick: str = "") -> list[Chart]:
+    """A line for each model where there are two points or more; with `tick`, their text, on a logarithmic axis."""
+    keys = sorted({key for series in means.values() for key in series})
+    if len(keys) < 2:
+        return []
+    lines = []
+    for arm, series in means.items():
+        if series:
+            x = np.array(sorted(series))
+            y, error = (
+                np.array(values) for values in zip(*((series[k].value, series[k].error) for k in x), strict=True)
+            )
+            lines.append(Line(arm, x, y, error))
+    drawn = lines[:CURVES]
+    ends = "; ".join(f"{line.name} {line.y[0]:.1f} to {line.y[-1]:.1f}" for line in drawn)
+    known = any(not math.isnan(value.error) for series in means.values() for value in series.values())
+    notes = ["Bars: ±, as in the table."] if known else []
+    notes += [f"{len(lines) - CURVES} more models are not drawn."] if len(lines) > CURVES else []
+    ticks = {key: tick.format(key) for key in keys} if tick else None
+    return [line_chart(title, drawn, ylabel, f"{title}, in percent: {ends}", " ".join(notes), xlabel, ticks)]
+
+
+def _dots(arms: Arms, scores: dict[str, Mean], chance: list[str]) -> list[Chart]:
+    """Where there are repeats or more than a few models: the mAP of all, then closer, that of the trained ones."""
+    repeated = any(len(repeats) > 1 for repeats in arms.values())
+    if len(arms) <= FEW and not repeated:
+        return []
+
+    def chart(title: str, drawn: list[str], dashed: list[str]) -> Chart:
+        numbers = {number: arm for number, arm in enumerate(arms, 1) if arm in drawn}
+        rows = {
+            number: ([one.scores["mAP"][0].value for one in arms[arm]], scores[arm]) for number, arm in numbers.items()
+        }
+        alt = f"{title}, in percent: " + "; ".join(f"{arm} {scores[arm].text(2)}" for arm in drawn)
+        notes = ["Bars: ± 2 standard errors; small dots: seeds."] if repeated else []
+        notes += ["Dashed: chance."] if dashed else []
+        picture = figures.dots(rows, [float(value) for value in dashed], "mAP, percent", alt)
+        return Chart(title, picture, [], " ".join(notes), [f"{number}: {arm}" for number, arm in numbers.items()])
+
+    trained = [arm for arm in arms if arm.split("-")[0] != "random"]
+    charts = [chart("mAP", list(arms), chance)]
+    if len(trained) > 1:
+        charts.append(chart("mAP of trained models", trained, []))
+    return charts
+
+
+def _notes(task: str, readings: dict[str, Reading], arms: Arms) -> list[str]:
+    """What ± means, what the scores were measured on and how, and which fits did not converge."""
+    single = [series for (one, *more) in arms.values() if not more for series in one.scores.values()]
+    seeds = ["Means over seeds ± their standard errors"] if any(len(repeats) > 1 for repeats in arms.values()) else []
+    if any(not math.isnan(value.error) for series in single for value in series.values()):
+        who = "of models with a single seed, means" if seeds else "Means"
+        seeds.append(f"{who} over {SPREADS[task]} ± their standard deviation")
+    elif seeds and task not in SHOWN:
+        seeds.append("those of differences take the models as independent")
+    notes = [f"{'; '.join(seeds)}."] if seeds else []
+    on = {model: [one.data] for model, one in readings.items() if one.data[0]}
+    notes += _told(on)
+    if len({data for (data,) in on.values()}) > 1:
+        notes.append("The models were measured on different data: their scores cannot be compared.")
+    notes += _told({model: [(note,) for note in one.notes] for model, one in readings.items()})
+    for arm, repeats in arms.items():
+        fits, failed = (sum(counts) for counts in zip(*(one.fits for one in repeats), strict=True))
+        if failed:
+            notes.append(f"{arm}: {failed:,} of {fits:,} SVM fits stopped before they converged.")
+    return notes
+
+
+def _told(said: Mapping[str, Sequence[tuple[str, ...]]]) -> list[str]:
+    """What is said of models, each once; the text is the first of each tuple. Names stand before what is not of all."""
+    who: dict[tuple[str, ...], list[str]] = {}
+    for model in sorted(said, key=rank):
+        for what in said[model]:
+            who.setdefault(what, []).append(model)
+    return [
+        what[0] if len(models) == len(said) else f"{_together(models, said)}: {what[0]}" for what, models in who.items()
+    ]
+
+
+def _together(models: Iterable[str], among: Iterable[str]) -> str:
+    """The names of models; of an arm all of whose models are there, the arm's."""
+    whole = by_arm(among)
+    return ", ".join(
+        name
+        for arm, repeats in by_arm(models).items()
+        for name in ([arm] if len(repeats) == len(whole[arm]) else repeats)
+    )
