@@ -178,7 +178,7 @@ def _semi_run(args: argparse.Namespace, config: Config) -> None:
     photos = train, read_subset(args.list, train), val
     job = supervised.semi_job(config, args.set, args.backbone, *photos, args.share, lr, head, args.run_number)
     run = {"share": args.share, "lr": lr, "head": head, "number": args.run_number, "seed": job.seed}
-    _train_with_labels(args, config, job, {**used(config, f"semi.{args.set}"), "run": run})
+    _train_with_labels(args, config, job, {**used(config, f"semi_run.{args.set}"), "run": run})
 
 
 def _train_with_labels(args: argparse.Namespace, config: Config, job: Any, settings: dict) -> None:

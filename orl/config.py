@@ -520,6 +520,7 @@ class Config(Section):
 
 
 LABELS = ("layout", "root", "train", "test", "stages")
+SEMI_RUN = ("shares", "weight_decay", "epochs", "milestones", "batch", "momentum", "resize", "size")
 FEATURES = ("downstream.voc07_svm.resize", "downstream.voc07_svm.size")
 
 # What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
@@ -544,6 +545,8 @@ USES: dict[str, tuple[str, ...]] = {
     "linear": ("seed", "precision", "data.exif", "downstream.linear"),
     "subset": ("seed", "downstream.semi.shares"),
     "semi": ("seed", "precision", "data.exif", "downstream.semi"),
+    # One training of it: others of the grid, and more runs, change nothing.
+    "semi_run": ("seed", "precision", "data.exif", *(f"downstream.semi.{key}" for key in SEMI_RUN)),
     "proposals_recall": ("proposals.min_size",),
     "pair_precision": ("seed",),
     "report": ("data.exif",),
@@ -687,7 +690,7 @@ def used(config: Config, stage: str) -> dict:
     whole, uses = config.model_dump(mode="json"), USES[stage]
     if name:
         uses += tuple(f"downstream.sets.{name}.{key}" for key in ("root", "train", "val", "preset"))
-        uses += (f"downstream.sets.{name}.lists",) if stage in ("subset", "semi") else ()
+        uses += (f"downstream.sets.{name}.lists",) if stage in ("subset", "semi", "semi_run") else ()
     if config.stage1.weights:
         whole["stage1"] = {key: whole["stage1"][key] for key in ("weights", "network")}  # the latter for `random`
         uses = ("stage1",) if stage == "stage1" else uses  # nothing is trained: all seeds share it

@@ -9,6 +9,7 @@ import pytest
 
 from orl import InputError, __version__, artifacts, cli
 
+SEMI_RUN = "evaluate semi_run --name stage1 --set toy --share 0.5 --lr 0.1 --head 1"
 # Each command, and the flags that name a file or folder it reads.
 READS = {
     "scenes": [],
@@ -21,7 +22,19 @@ READS = {
     "neighbors": ["--manifest", "--embeddings"],
     "rois": ["--root", "--manifest", "--proposals", "--backbone"],
     "correspond": ["--manifest", "--neighbors", "--proposals", "--rois"],
-    "evaluate voc07_svm --name stage1": ["--backbone", "--labels"],
+    "features": ["--backbone", "--root of labels"],
+    "features --set toy": ["--backbone", "--root of toy"],
+    "subset --set toy --share 0.5": ["--root of toy"],
+    "evaluate voc07_svm --name stage1": ["--features", "--root of labels"],
+    "evaluate voc07_lowshot --name stage1": ["--features", "--root of labels"],
+    "evaluate knn --name stage1 --set toy": ["--features of toy", "--root of toy"],
+    "evaluate linear --name stage1 --set toy": ["--backbone", "--root of toy"],
+    "evaluate semi_run --name stage1 --set toy --share 0.5 --lr 0.1 --head 1": [
+        "--backbone",
+        "--root of toy",
+        "--list",
+    ],
+    "evaluate semi --name stage1": ["--runs"],
     "evaluate proposals": ["--manifest", "--proposals", "--annotations"],
     "evaluate pairs": ["--manifest", "--proposals", "--correspondences", "--annotations"],
     "report --run-name run": [
@@ -61,7 +74,22 @@ def files_below(folder):
 def settings(tiny):
     change = {
         "data": {"layout": "folder", "scenes": {"train": 2, "val": 1, "objects_train": 1, "objects_val": 1}},
-        "downstream": {"voc07_svm": {"resize": 40, "size": 32, "costs": [0.1], "folds": 2}},
+        "downstream": {
+            "voc07_svm": {"resize": 40, "size": 32, "stages": [5], "costs": [0.1], "folds": 2},
+            "voc07_lowshot": {"shots": [1], "samples": 1, "costs": [0.1]},
+            "sets": {"toy": {}},
+            "linear": {"epochs": 1, "milestones": [], "batch": 2, "resize": 40, "size": 32},
+            "semi": {
+                "shares": [0.5],
+                "weight_decay": [0],
+                "epochs": 1,
+                "milestones": [],
+                "batch": 2,
+                "resize": 40,
+                "size": 32,
+            },
+            "knn": {"k": [1], "resize": 40, "size": 32},
+        },
     }
     return json.dumps({**tiny.model_dump(mode="json"), **change})
 
@@ -84,7 +112,18 @@ def labels(photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inputs(photos, labels, settings, model_folder, tmp_path_factory):
+def toy(photos, tmp_path_factory):
+    """The photos as a labelled set of two classes."""
+    folder = tmp_path_factory.mktemp("toy")
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))):
+        own = folder / ("train" if number < 6 else "val") / "ab"[number % 2]
+        own.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, own)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(photos, labels, toy, settings, model_folder, tmp_path_factory):
     """Flag -> what to give for it; the files are made by the commands themselves, one after the other."""
     folder = tmp_path_factory.mktemp("run")
     names = {
@@ -92,7 +131,12 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
     }
     given = {
         "--root": photos,
-        "--labels": labels,
+        "--root of labels": labels,
+        "--root of toy": toy,
+        "--features": folder / "features.h5",
+        "--features of toy": folder / "toy.features.h5",
+        "--list": folder / "half.txt",
+        "--runs": folder / "run.json",
         "--manifest": folder / "manifest.csv",
         "--rejected": folder / "rejected.csv",
         "--model": model_folder / "model.safetensors",
@@ -109,7 +153,7 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
     artifacts.write_csv(given["--metrics"], ("epoch", "loss", "feature_std", "lr"), [(1, 3.0, 0.9, 0.1)])
 
     def make(command, output, *more):
-        options = [str(part) for flag in READS[command] for part in (flag, given[flag])]
+        options = [str(part) for flag in READS[command] for part in (flag.partition(" of ")[0], given[flag])]
         cli.main([*command.split(), "--settings", settings, *options, *more, "--output", str(output), "--threads", "1"])
 
     make("manifest", given["--manifest"], "--rejected", str(given["--rejected"]))
@@ -118,7 +162,15 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
     make("neighbors", given["--neighbors"])
     make("rois", given["--rois"])
     make("correspond", given["--correspondences"])
+    make("features", given["--features"])
+    make("features --set toy", given["--features of toy"])
+    make("subset --set toy --share 0.5", given["--list"])
     make("evaluate voc07_svm --name stage1", given["--scores"])
+    make("evaluate voc07_lowshot --name stage1", folder / "lowshot.json")
+    make("evaluate knn --name stage1 --set toy", folder / "knn.json")
+    make("evaluate linear --name stage1 --set toy", folder / "linear.json")
+    make(SEMI_RUN, given["--runs"])
+    make("evaluate semi --name stage1", folder / "semi.json")
     make("evaluate proposals", given["--recalls"])
     make("evaluate pairs", folder / "pairs.json")
     make("report --run-name run", folder / "index.html")
@@ -129,7 +181,7 @@ def inputs(photos, labels, settings, model_folder, tmp_path_factory):
 
 def argv(command, settings, inputs, output, **change):
     """A whole command line; `change` replaces what is given for a flag."""
-    options = [part for flag in READS[command] for part in (flag, change.get(flag, inputs[flag]))]
+    options = [part for flag in READS[command] for part in (flag.partition(" of ")[0], change.get(flag, inputs[flag]))]
     if command == "manifest":
         options += ["--rejected", output.parent / "rejected.csv"]
     return [*command.split(), "--settings", settings, *options, "--output", output, "--threads", "1"]
@@ -144,6 +196,10 @@ def test_the_commands_make_their_files(inputs):
         *(path.name for path in inputs.values() if path.parent == folder),
         "index.html",
         "pairs.json",
+        "lowshot.json",
+        "knn.json",
+        "linear.json",
+        "semi.json",
         "random",
         "scenes",
     }
@@ -207,6 +263,10 @@ WRONG = {
     "--rois": "--proposals",
     "--correspondences": "--neighbors",
     "--scores": "--metrics",
+    "--features": "--features of toy",
+    "--features of toy": "--features",
+    "--list": "--metrics",
+    "--runs": "--scores",
     "--annotations": "--recalls",
     "--recalls": "--scores",
 }
@@ -231,11 +291,19 @@ def test_a_file_of_another_kind_is_one_sentence(command, flag, settings, inputs,
         ("pretrain --stage stage1", "--root"),
         ("pretrain --stage stage1 --root {root}", "--manifest"),
         ("pretrain --stage stage3 --root {root} --manifest {manifest}", "--proposals"),
-        ("evaluate voc07_svm --name x --backbone {backbone}", "downstream.voc07_svm.root"),
+        ("evaluate voc07_svm --name x --features {features}", "downstream.voc07_svm.root"),
+        ("evaluate knn --name x --set toy --features {features}", "downstream.sets.toy.root"),
+        ("evaluate linear --name x --set other --backbone {backbone}", "downstream.sets: has no set 'other'"),
+        (
+            "evaluate semi_run --name x --set toy --backbone {backbone} --list {list} --share 0.5",
+            "needs --lr and --head",
+        ),
     ],
 )
 def test_options_that_only_some_runs_need(line, sentence, settings, inputs, tmp_path, capsys):
-    words = [word.format(**{flag[2:]: path for flag, path in inputs.items()}) for word in line.split()]
+    words = [
+        word.format(**{flag[2:]: path for flag, path in inputs.items() if " " not in flag}) for word in line.split()
+    ]
     status, lines = run(*words, "--settings", settings, "--output", tmp_path / "new" / "out", capsys=capsys)
     assert status == 2
     assert len(lines) == 1

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from orl import InputError, artifacts
+from orl.config import RESULT_VERSION
 
 TASK, RUN = "semi", "semi_run"
 
@@ -36,6 +37,7 @@ def collect(paths: Sequence[str | os.PathLike], model: str, output: str | os.Pat
                     f"{path}: is of another {key.replace('_', ' ')} than {paths[0]}; name those of one model."
                 )
     shares: dict[str, Any] = {}
+    settings: dict[str, Any] = {"version": RESULT_VERSION[TASK], "shares": {}}
     for share in sorted({one["run"]["share"] for one in found}):
         here = [(path, one) for path, one in zip(paths, found, strict=True) if one["run"]["share"] == share]
         grid = [(path, one) for path, one in here if one["run"]["number"] == 0]
@@ -47,6 +49,7 @@ def collect(paths: Sequence[str | os.PathLike], model: str, output: str | os.Pat
         if others:
             raise InputError(f"{others[0]}: is not of the grid's best setting; make it again.")
         top = {key: np.array([one[key] for one in runs]) for key in ("top1", "top5")}
+        settings["shares"][f"{share:g}"] = runs[0]["settings"]
         shares[f"{share:g}"] = {
             "lr": lr,
             "head": head,
@@ -59,7 +62,6 @@ def collect(paths: Sequence[str | os.PathLike], model: str, output: str | os.Pat
                 for _, one in grid
             ],
         }
-    settings = {key: value for key, value in found[0]["settings"].items() if key != "run"}
     data = {key: value for key, value in found[0]["data"].items() if key != "labels"}
     metrics = {"shares": shares, "chance_top1": found[0]["chance_top1"]}
     result = {"task": TASK, "model": model, "metrics": metrics, "settings": settings, "data": data}

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from orl.data.views import random_resized_crop, rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pool, pooled
 from orl.downstream.sets import chance, describe, preset_of
 from orl.networks import backbones
-from orl.training.augment import COLUMNS, augment, draw
+from orl.training.augment import augment, draw
 from orl.training.batches import Samples
 from orl.training.checkpoint import State
 from orl.training.loop import Run, processes

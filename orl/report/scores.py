@@ -162,9 +162,17 @@ def _read(task: str, result: dict) -> Reading:
     if not (scores.get("mAP") or scores.get("top-1")):
         raise ValueError("it has no scores")
     chance = metrics.get("chance_top1", metrics.get("chance_mAP"))
-    scores["chance"] = {} if chance is None else _series({0: chance})
-    if chance is not None and task in SHOWN:  # else it has a column
-        notes.append(f"Chance: {chance:.2f}.")
+    if task == "voc07_lowshot":  # one for each k, as other classes are left out
+        first, last = (f"{_number(one):.2f}" for one in (chance[0], chance[-1]))
+        ks = metrics["shots"]
+        notes.append(
+            f"Chance: {first}." if first == last else f"Chance: {first} (k = {ks[0]}) to {last} (k = {ks[-1]})."
+        )
+    elif chance is not None and task in SHOWN:
+        notes.append(f"Chance: {_number(chance):.2f}.")
+    elif chance is not None:
+        scores["chance"] = _series({0: chance})
+    scores.setdefault("chance", {})
     left_out = {label: str(reason) for label, reason in metrics.get("classes_left_out", {}).items()}
     fits = int(metrics.get("fits", 0)), int(metrics.get("not_converged", 0))
     return Reading(scores, parts, chosen, notes, _data(task, result["data"]), left_out, fits)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from orl import InputError, artifacts
 from orl.data.labels import Labels
-from orl.downstream.features import BATCH, extract, pool
+from orl.downstream import features
+from orl.downstream.features import BATCH, TestPhotos, pool, squash
 from orl.networks import backbones
 
 
@@ -20,6 +21,13 @@ def save_random(path: Path, name: str) -> backbones.ResNet:
     model.train()(torch.randn(4, 3, 64, 64))
     backbones.save(path, name, model, artifacts.stamp(artifacts.MODEL, {}, {}))
     return model.eval()
+
+
+def extract(path: Path, labels: Labels, size: int, resize: int, exif: str, workers: int, *stages: int) -> np.ndarray:
+    """The SVM's features of some stages (the fifth), side by side."""
+    found = TestPhotos("", labels.image_path, squash, resize, size, exif)  # type: ignore[arg-type]
+    batches = features.extract(path, found, features.by_stage(stages or (5,)), workers)
+    return np.concatenate([np.concatenate(batch, 1) for batch in batches])
 
 
 def photos(folder: Path, sizes: Sequence[tuple[int, int]]) -> Labels:
@@ -45,15 +53,18 @@ def test_as_torchvision(tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     save_random(path, "resnet18")
     labels = photos(tmp_path, [(300, 400), (500, 333), (224, 224), (640, 256), (101, 90)])
-    found = extract(path, labels, 224, 256, "ignore", 0)
+    found = extract(path, labels, 224, 256, "ignore", 0, 1, 2, 3, 4, 5)
 
     reference = torchvision.models.resnet18(weights=None)
     assert reference.load_state_dict(artifacts.read_weights(path), strict=False).missing_keys == [
         "fc.weight",
         "fc.bias",
     ]
-    maps: list[torch.Tensor] = []
-    reference.eval().layer4.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    maps: list[list[torch.Tensor]] = [[], [], [], [], []]
+    layers = (reference.relu, reference.layer1, reference.layer2, reference.layer3, reference.layer4)
+    for kept, layer in zip(maps, layers, strict=True):
+        layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
+    reference.eval()
     short = torchvision.transforms.Resize(256)
     tensor = torchvision.transforms.ToTensor()
     mean_std = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -61,10 +72,13 @@ def test_as_torchvision(tmp_path: Path) -> None:
         for image_path in labels.image_path:
             squashed = short(Image.open(image_path)).resize((224, 224), Image.Resampling.BILINEAR)
             reference(mean_std(tensor(squashed))[None])
-        pooled = torch.nn.functional.avg_pool2d(torch.cat(maps), 6, 1)
-    assert found.shape == (5, 512 * 2 * 2)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, pooled.flatten(1).numpy(), rtol=1e-4, atol=1e-4)
+    widths = [64 * 144, 64 * 36, 128 * 16, 256 * 9, 512 * 4]  # of a ResNet-50: 9216, 9216, 8192, 9216, 8192
+    kernels = ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))  # of the release
+    columns = np.split(found, np.cumsum(widths)[:-1], axis=1)
+    for kept, columns_of, kernel in zip(maps, columns, kernels, strict=True):
+        pooled = torch.nn.functional.avg_pool2d(torch.cat(kept), *kernel).flatten(1).numpy()
+        np.testing.assert_allclose(columns_of, pooled, rtol=1e-4, atol=2e-3)  # pixels differ by 2 at most
 
 
 @pytest.mark.parametrize(("size", "width"), [(32, 512), (48, 2048), (96, 2048)])
@@ -75,7 +89,16 @@ def test_small_sizes(tmp_path: Path, weights: Path, size: int, width: int) -> No
 def test_pool_is_the_mean_of_each_corner() -> None:
     maps = torch.arange(18.0).view(1, 2, 3, 3)
     expected = [maps[0, c, y : y + 2, x : x + 2].mean() for c in (0, 1) for y in (0, 1) for x in (0, 1)]
-    assert pool(maps).tolist() == [expected]
+    assert pool(maps, 5).flatten(1).tolist() == [expected]
+
+
+@pytest.mark.parametrize(("size", "sides"), [(32, (12, 6, 4, 2, 1)), (64, (12, 6, 4, 3, 2)), (448, (12, 6, 4, 3, 2))])
+def test_other_sizes_are_pooled_to_as_many_parts_as_there_can_be(size: int, sides: tuple[int, ...]) -> None:
+    for stage, side in enumerate(sides, 1):
+        maps = torch.ones(1, 2, size >> stage, size >> stage)
+        found = pool(maps, stage)
+        assert found.shape == (1, 2, side, side)
+        torch.testing.assert_close(found, torch.ones_like(found))
 
 
 def test_order_and_workers(tmp_path: Path, weights: Path) -> None:
@@ -119,3 +142,39 @@ def test_features_not_finite(tmp_path: Path) -> None:
 def test_weights_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors"):
         extract(tmp_path / "none.safetensors", photos(tmp_path, [(40, 40)]), 32, 32, "ignore", 0)
+
+
+def test_files_of_features(tmp_path: Path, weights: Path) -> None:
+    """What `orl features` writes: stages of labelled photos, or unit rows of a labelled set."""
+    from orl import config
+    from orl.data.classes import ClassSet
+    from orl.data.labels import listed
+
+    settings = config.parse({"downstream": {"voc07_svm": {"size": 32, "resize": 36, "stages": [2, 5]}}})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    train, test = photos(tmp_path / "a", [(40, 50)] * 3), photos(tmp_path / "b", [(60, 50)] * 2)
+    path = tmp_path / "features.h5"
+    features.write_labels(settings, weights, path, 0, train, test)
+    found = artifacts.read_features(path, [5, 2])
+    for stage in (2, 5):
+        np.testing.assert_array_equal(found.train[stage], extract(weights, train, 32, 36, "ignore", 0, stage))
+        np.testing.assert_array_equal(found.test[stage], extract(weights, test, 32, 36, "ignore", 0, stage))
+    artifacts.check_input(path, "photos", listed(train, test))
+    artifacts.check_input(path, "weights", artifacts.fingerprint(weights))
+    with pytest.raises(InputError, match=r"features\.h5: damaged or not such a file"):
+        artifacts.read_features(path, [3])
+    before = path.read_bytes()
+    features.write_labels(settings, weights, path, 1, train, test)
+    assert path.read_bytes() == before
+
+    names = [np.array([path.name for path in labels.image_path]) for labels in (train, test)]
+    split = [ClassSet(tmp_path / folder, own, np.arange(len(own)) % 2, ("x", "y"))
+             for folder, own in zip("ab", names, strict=True)]  # fmt: skip
+    settings = config.parse({"downstream": {"sets": {"toy": {}}, "knn": {"size": 32, "resize": 36}}})
+    features.write_set(settings, "toy", weights, tmp_path / "toy.h5", 0, *split)
+    rows = artifacts.read_class_features(tmp_path / "toy.h5")
+    assert (rows.train.shape, rows.val.shape, rows.val.dtype) == ((3, 512), (2, 512), np.float16)
+    np.testing.assert_allclose(np.linalg.norm(rows.train.astype(float), axis=1), 1, atol=1e-3)
+    with pytest.raises(InputError, match=r"holds 'orl\.class_features/1'"):
+        artifacts.read_features(tmp_path / "toy.h5", [5])

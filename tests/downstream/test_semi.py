@@ -41,7 +41,8 @@ def test_the_best_of_the_grid_and_its_runs(tmp_path: Path) -> None:
     found = collect(paths, "stage1", tmp_path / "semi.json")
     assert json.loads((tmp_path / "semi.json").read_text()) == found
     assert (found["task"], found["model"]) == ("semi", "stage1")
-    assert found["settings"] == {"seed": 3}
+    assert found["settings"]["shares"]["0.1"]["run"]["lr"] == 0.01
+    assert set(found["settings"]["shares"]) == {"0.01", "0.1"}
     assert found["metrics"]["chance_top1"] == 2.0
     tenth, hundredth = found["metrics"]["shares"]["0.1"], found["metrics"]["shares"]["0.01"]
     assert (tenth["lr"], tenth["head"], tenth["labels"]) == (0.01, 10.0, 7)

@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 
 from orl import InputError, artifacts, config
 from orl.data.labels import Labels
-from orl.downstream import svm
+from orl.downstream import features, svm
 from orl.networks import backbones
 
 
@@ -276,7 +276,7 @@ def make_tree(root: Path) -> Path:
 
 
 def make_config(**changes: object) -> config.Config:
-    section = {"size": 32, "resize": 36, "costs": [0.01, 1.0], **changes}
+    section = {"size": 32, "resize": 36, "stages": [4, 5], "costs": [0.01, 1.0], **changes}
     return config.parse({"downstream": {"voc07_svm": section}})
 
 
@@ -288,11 +288,19 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def evaluate(settings: config.Config, weights: Path, root: Path | None, output: Path, workers: int) -> dict:
+    """Features, then the SVM, as the two commands do."""
+    train, test, _ = svm.read(settings, root)
+    path = output.parent.parent / "features.h5"
+    features.write_labels(settings, weights, path, 0, train, test)
+    return svm.evaluate(settings, path, "random", root, output, workers)
+
+
 def test_evaluate(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tree(tmp_path)
     settings = make_config(root=str(tmp_path / "elsewhere"))  # the argument goes before it
     output = tmp_path / "out" / "voc07_svm.json"
-    returned = svm.evaluate(settings, weights, "random", tmp_path, output, 1)
+    returned = evaluate(settings, weights, tmp_path, output, 1)
     assert artifacts.read_results(output) == returned == json.loads(output.read_text())
     assert returned["task"] == "voc07_svm"
     assert returned["model"] == "random"
@@ -304,14 +312,19 @@ def test_evaluate(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[s
         "test_split": "test",
         "train": 24,
         "test": 16,
+        "fingerprint": returned["data"]["fingerprint"],
         "weights_fingerprint": artifacts.fingerprint(weights),
+        "features": config.used(settings, "features"),
     }
+    assert list(returned["metrics"]["stages"]) == ["4", "5"]
+    for key, value in returned["metrics"]["stages"]["5"].items():
+        assert returned["metrics"][key] == value
     metrics = returned["metrics"]
     assert metrics["classes_left_out"] == {"odd": "no positive test photo"}
     assert set(metrics["AP"]) == {"red", "dark"}
     assert metrics["mAP"] > metrics["chance_mAP"] + 20  # colours show even in random features
     assert capsys.readouterr().err.count("voc07_svm: 1 of 3 classes left out: odd (no positive test photo)\n") == 1
-    again = svm.evaluate(make_config(root=str(tmp_path)), weights, "random", None, tmp_path / "again.json", 2)
+    again = evaluate(make_config(root=str(tmp_path)), weights, None, tmp_path / "again.json", 2)
     assert again["metrics"] == metrics
 
 
@@ -330,15 +343,15 @@ def test_bad_input_writes_nothing(tmp_path: Path, weights: Path) -> None:
     ]
     for changes, path, root, part in cases:
         with pytest.raises(InputError) as error:
-            svm.evaluate(make_config(**changes), path, "random", root, output, 1)
+            evaluate(make_config(**changes), path, root, output, 1)
         assert part in str(error.value)
         assert "\n" not in str(error.value)
-    next(tree.rglob("test03.jpg")).write_bytes(b"no photo")
-    with pytest.raises(InputError, match=r"test03\.jpg"):
-        svm.evaluate(make_config(), weights, "random", tree, output, 1)
     for path in tree.rglob("*_test.txt"):
         path.write_text(path.read_text().replace(" 1\n", " 0\n"))
     with pytest.raises(InputError, match="no class can be evaluated") as error:
-        svm.evaluate(make_config(), weights, "random", tree, output, 1)
+        evaluate(make_config(), weights, tree, output, 1)
     assert "\n" not in str(error.value)
+    next(tree.rglob("test03.jpg")).write_bytes(b"no photo")
+    with pytest.raises(InputError, match=r"test03\.jpg"):
+        evaluate(make_config(), weights, tree, output, 1)
     assert not output.parent.exists()

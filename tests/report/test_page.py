@@ -129,7 +129,7 @@ def lowshot(model: str, scores: list[float], shots: list[int], protocol: str = "
         "classes_left_out": {},
         "too_few_positives": {},
         "shots_left_out": [],
-        "chance_mAP": 7.5,
+        "chance_mAP": [7.5] * len(shots),
         "fits": 90,
         "not_converged": 0,
         **metrics,

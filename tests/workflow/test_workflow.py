@@ -30,7 +30,10 @@ TINY = {
     "neighbors": {"k": 3},
     "rois": {"size": 32},
     "stage3": {"patch": 24},
-    "downstream": {"voc07_svm": {"resize": 72, "size": 64, "costs": [0.01]}},
+    "downstream": {
+        "tasks": ["voc07_svm"],
+        "voc07_svm": {"resize": 72, "size": 64, "stages": [5], "costs": [0.01]},
+    },
     "compute": {"shards": {"proposals": 2, "rois": 3, "correspondences": 2}},
 }
 
@@ -143,9 +146,10 @@ def test_the_page_stands_alone(finished):
 
 
 # Jobs after other pairs, and of another seed
-DISCOVERY = {"correspond": 2, "merge": 1, "pair_precision": 1, "stage3": 1, "voc07_svm": 1, "report": 1}
+SVM, TWO = {"features": 1, "voc07_svm": 1}, {"features": 2, "voc07_svm": 2}
+DISCOVERY = {"correspond": 2, "merge": 1, "pair_precision": 1, "stage3": 1, **SVM, "report": 1}
 SEED = {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "rois": 3, "correspond": 2, "merge": 3,
-        "stage3": 1, "voc07_svm": 3, "proposals_recall": 1, "pair_precision": 1}  # fmt: skip
+        "stage3": 1, "features": 3, "voc07_svm": 3, "proposals_recall": 1, "pair_precision": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -157,8 +161,8 @@ SEED = {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "roi
         ({"compute": {"shards": {"embeddings": 5, "proposals": 1, "rois": 4, "correspondences": 9}}}, {}),
         ({"compute": {"shards": {"rois": 5, "correspondences": 4}}, "rois": {"size": 40}},
          {"rois": 5, **DISCOVERY, "correspond": 4}),
-        ({"stage3": {"patch": 16}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
-        ({"stage3": {"optimizer": {"lr": 0.5}}}, {"stage3": 1, "voc07_svm": 1, "report": 1}),
+        ({"stage3": {"patch": 16}}, {"stage3": 1, **SVM, "report": 1}),
+        ({"stage3": {"optimizer": {"lr": 0.5}}}, {"stage3": 1, **SVM, "report": 1}),
         ({"correspondences": {"ratio": 0.5}}, DISCOVERY),
         ({"correspondences": {"method": "random"}}, DISCOVERY),
         ({"neighbors": {"k": 2}}, {"neighbors": 1, **DISCOVERY}),
@@ -169,14 +173,16 @@ SEED = {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "roi
          {"propose": 2, "rois": 3, "proposals_recall": 1, **DISCOVERY, "merge": 2}),
         ({"embeddings": {"resize": 48}}, {"embed": 1, "neighbors": 1, **DISCOVERY, "merge": 2}),
         ({"downstream": {"voc07_svm": {"costs": [0.1]}}}, {"voc07_svm": 3, "report": 1}),
+        ({"downstream": {"voc07_svm": {"size": 32}}}, {"features": 3, "voc07_svm": 3, "report": 1}),
+        ({"downstream": {"tasks": ["knn"]}}, {"set_features": 3, "knn": 3, "report": 1}),
         (
             {"stage1": {"optimizer": {"epochs": 3}}},
-            {"stage1": 1, "embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, "voc07_svm": 2},
+            {"stage1": 1, "embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, **TWO},
         ),
         ({"variants": {"same": {"neighbors": {"k": 3}}}}, {}),
         ({"variants": {"k2": {"neighbors": {"k": 2}}}}, {"neighbors": 1, **DISCOVERY}),
         ({"variants": {"p": {"stage3": {"patch": 16}}, "q": {"stage3": {"patch": 16}}}},
-         {"stage3": 1, "voc07_svm": 1, "report": 1}),
+         {"stage3": 1, **SVM, "report": 1}),
         ({"variants": {"seed1": {"seed": 1}}},
          {**SEED, "report": 1}),
         ({"repeats": 2}, {**SEED, "report": 1}),
@@ -184,7 +190,7 @@ SEED = {"random": 1, "stage1": 1, "embed": 1, "propose": 2, "neighbors": 1, "roi
         ({"repeats": 2, "variants": {"seed1": {"seed": 1, "repeats": 1}}}, {**SEED, "report": 1}),
         ({"variants": {"more": {"repeats": 2}}}, {**SEED, "report": 1}),
         ({"variants": {"b": {"measure": ["stage1"], "stage1": {"optimizer": {"epochs": 3}}}}},
-         {"stage1": 1, "voc07_svm": 1, "report": 1}),
+         {"stage1": 1, **SVM, "report": 1}),
         ({"variants": {"b": {"measure": [], "stage1": {"optimizer": {"epochs": 3}}}}}, {}),
     ],
 )  # fmt: skip
@@ -208,15 +214,15 @@ WHOLE = {**SEED, "scenes": 1, "manifest": 1, "report": 1}
         ({}, WHOLE),
         # The variant's own stage 1 for each seed, and its score; nothing of its stage 2 and 3.
         ({"repeats": 2, "variants": {"b": {"measure": ["stage1"], "stage1": {"method": "simclr"}}}},
-         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 4, "voc07_svm": 8}),
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 4, "features": 8, "voc07_svm": 8}),
         ({"repeats": 2, "variants": {"b": {"repeats": 1, "measure": ["stage1"], "stage1": {"method": "simclr"}}}},
-         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 3, "voc07_svm": 7}),
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage1": 3, "features": 7, "voc07_svm": 7}),
         # Equal settings share: the variant is one of the repeats.
         ({"repeats": 2, "variants": {"b": {"seed": 1, "repeats": 1}}},
          {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}}),
         # Other stage 3: everything before it is that of the same seed.
         ({"repeats": 2, "variants": {"b": {"stage3": {"patch": 16}}}},
-         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage3": 4, "voc07_svm": 8}),
+         {**WHOLE, **{rule: 2 * number for rule, number in SEED.items()}, "stage3": 4, "features": 8, "voc07_svm": 8}),
     ],
 )  # fmt: skip
 def test_a_run_with_repeats_makes_each_thing_once(tmp_path, settings, jobs):
@@ -276,7 +282,7 @@ def test_jobs_are_given_the_gpus_they_want_as_far_as_there_are(tmp_path, wanted,
     assert done.returncode == 0, done.stdout + done.stderr
     lines = re.findall(r"^Shell command: (orl .+)$", done.stdout + done.stderr, re.MULTILINE)
     found = {line: int(number) for line in lines for number in re.findall(r" --gpus (\d+)", line)}
-    assert len(found) == 10  # stages 1 and 3, embed, neighbors, rois' three shards, three evaluations
+    assert len(found) == 10  # stages 1 and 3, embed, neighbors, rois' three shards, three models' features
     for line, number in found.items():
         assert number == (training if "orl pretrain" in line else others)
         assert "orl pretrain" not in line or " --compile 1 --deterministic 0 " in line
@@ -308,7 +314,7 @@ def test_a_change_is_made_and_going_back_finds_what_a_variant_holds(copy):
     done = snakemake(copy, changed(variants={"small": other}))
     assert done.returncode == 0, done.stdout + done.stderr
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-    assert ran == {"stage3", "voc07_svm", "report", "all"}
+    assert ran == {"stage3", "features", "voc07_svm", "report", "all"}
     assert (copy / "results/tiny/models/orl/backbone.safetensors").read_bytes() == before
     assert (copy / "results/tiny/models/orl-small/backbone.safetensors").read_bytes() != before
     both = changed(variants={"small": other})
@@ -383,9 +389,73 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
     assert plan(copy, changed(variants=methods)) == {}
 
 
+def test_every_task_on_every_model(copy):
+    """All tasks, of random weights and of given supervised ones; each result again only after what it depends on."""
+    small = {"resize": 36, "size": 32}
+    trained = {**small, "epochs": 1, "milestones": [], "batch": 4}
+    downstream = {
+        "tasks": ["all"],
+        "voc07_lowshot": {"shots": [1, 2], "samples": 2, "costs": [0.01, 1]},
+        "linear": {**trained, "stages": [4, 5]},
+        "semi": {**trained, "shares": [0.5], "weight_decay": [0.0], "lr": [0.01], "head": [1, 10], "runs": 2},
+        "knn": {**small, "k": [1, 3]},
+    }
+    file = str(copy / "results" / "tiny" / "models" / "orl" / "backbone.safetensors")
+    settings = changed(
+        measure=["random"],
+        supervised=file,
+        data={"scenes": {"objects_train": 2}},
+        downstream=downstream,
+        compute={"threads": 1},
+    )
+    done = snakemake(copy, settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = copy / "results" / "tiny" / "downstream"
+    page = (copy / "results" / "tiny" / "report" / "index.html").read_text()
+    tasks = ("voc07_svm", "voc07_lowshot", "knn.objects", "linear.objects", "semi.objects")
+    for model in ("random", "supervised"):
+        for task in tasks:
+            result = artifacts.read_results(results / model / f"{task}.json")
+            assert (result["task"], result["model"]) == (task.partition(".")[0], model)
+            assert result["data"]["fingerprint"]
+            assert result["settings"]["version"]
+            assert result["data"]["weights_fingerprint"] == artifacts.fingerprint(
+                copy / "results" / "tiny" / "models" / model / "backbone.safetensors"
+            )
+        found = result["metrics"]["shares"]["0.5"]
+        assert (found["labels"], len(found["grid"]), len(found["runs"])) == (12, 2, 2)
+    assert len((results / "subset.objects" / "0.5.txt").read_text().splitlines()) == 12
+    for title in ("VOC07 linear SVM", "Low-shot SVM", "Linear classification: objects", "k-NN classification: objects"):
+        assert title in page
+    assert not list(results.rglob("*.state"))
+
+    def after(**change):
+        return plan(copy, changed(**{**settings, "downstream": {**downstream, **change}}))
+
+    assert after() == {}
+    assert after(knn={**small, "k": [1]}) == {"knn": 2, "report": 1}
+    assert after(knn={"resize": 40, "size": 32, "k": [1, 3]}) == {"set_features": 2, "knn": 2, "report": 1}
+    assert after(linear={**trained, "stages": [5]}) == {"linear": 2, "report": 1}
+    assert after(voc07_lowshot={"shots": [1], "samples": 2, "costs": [1]}) == {"voc07_lowshot": 2, "report": 1}
+    # Two more runs, or a larger grid: what is there already stays, but the runs of the best wait for the whole grid.
+    assert after(semi={**downstream["semi"], "runs": 4}) == {"semi_run": 4, "semi": 2, "report": 1}
+    larger = {**downstream["semi"], "head": [1, 10, 100]}
+    assert after(semi=larger) == {"semi_grid": 2, "semi_run": 2, "semi": 2, "report": 1}
+    assert after(voc07_svm={**TINY["downstream"]["voc07_svm"], "costs": [1]}) == {"voc07_svm": 2, "report": 1}
+    assert plan(copy, changed(**{**settings, "supervised": None})) == {"report": 1}
+
+
+def test_what_is_to_be_fetched_is_planned(tmp_path):
+    """COCO and VOC2007 before everything that needs them; without fetch, the folder must be there."""
+    data = {"layout": "coco", "root": str(tmp_path / "coco"), "fetch": True}
+    voc = {"root": str(tmp_path / "VOCdevkit" / "VOC2007"), "fetch": True}
+    jobs = plan(tmp_path, changed(data=data, downstream={"voc07_svm": voc}))
+    assert (jobs["fetch_coco"], jobs["fetch_voc2007"], jobs["manifest"], jobs["voc07_svm"]) == (1, 1, 1, 3)
+
+
 def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     """Stage 1 is made from the file, and everything after it again; the photos and their boxes stay."""
-    after = {"embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, "voc07_svm": 2}
+    after = {"embed": 1, "neighbors": 1, "rois": 3, **DISCOVERY, "merge": 2, **TWO}
     file = weights(tmp_path / "it's given" / "orl.pth")
     config = changed(stage1={"weights": file})
     done = snakemake(copy, config)
@@ -428,7 +498,7 @@ def test_given_weights_are_the_same_for_every_seed(tmp_path):
     jobs = plan(tmp_path, changed(stage1={"weights": weights(tmp_path / "orl.pth")}, repeats=3))
     own = {rule: 3 * number for rule, number in SEED.items()}
     shared = {"scenes": 1, "manifest": 1, "stage1": 1, "embed": 1, "report": 1}
-    assert jobs == {**own, **shared, "merge": 1 + 2 * 3, "voc07_svm": 1 + 2 * 3}
+    assert jobs == {**own, **shared, "merge": 1 + 2 * 3, "features": 1 + 2 * 3, "voc07_svm": 1 + 2 * 3}
 
 
 @pytest.mark.parametrize(
@@ -441,6 +511,9 @@ def test_given_weights_are_the_same_for_every_seed(tmp_path):
         ({"variants": {"a": {"neighbors": {"kay": 3}}}}, "config, variant a: unknown key 'neighbors.kay'"),
         ({"variants": {"a": {"data": {"layout": "coco"}}}}, "variants.a: 'data' is the same for all variants"),
         ({"downstream": {"voc07_svm": {"root": "nowhere"}}}, "'nowhere' is no folder"),
+        ({"downstream": {"voc07_svm": {"root": "there", "fetch": True}}}, "'there' must end in VOCdevkit/VOC2007"),
+        ({"downstream": {"sets": {"a": {"root": "nowhere"}}}}, "downstream.sets.a.root: 'nowhere' is no folder"),
+        ({"supervised": "nowhere.pth"}, "supervised: 'nowhere.pth' is no file"),
         ({"stage1": {"weights": "nowhere.pth"}}, "stage1.weights: 'nowhere.pth' is no file"),
         ({"variants": {"a": {"stage1": {"weights": "nowhere.pth"}}}}, "stage1.weights: 'nowhere.pth' is no file"),
     ],
@@ -508,7 +581,9 @@ def test_real_photos_with_odd_names_and_few_neighbours(tmp_path):
     done = snakemake(tmp_path, config)
     results = tmp_path / "results" / "odd"
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "voc07_svm is left out" in done.stderr
+    assert (
+        done.stderr.count("orl: voc07_svm and voc07_lowshot are left out: downstream.voc07_svm.root is not given") == 1
+    )
     assert "using 7 neighbours each" in (results / "logs" / "neighbors.log").read_text()
     assert "broken.jpg" in (results / "rejected.csv").read_text()
     assert artifacts.read_neighbors(results / "discovery" / "neighbors.h5").index.shape == (8, 7)

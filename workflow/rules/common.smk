@@ -211,6 +211,16 @@ def decides(stage):
     return as_json
 
 
+def decides_run(wildcards):
+    """Params function: the settings that decide one training of semi; of the shares and their weight decays, its own."""
+    used = settings.used(RUNS[wildcards.v], f"semi_run.{wildcards.set}")
+    semi = used["downstream"]["semi"]
+    number = [f"{share:g}" for share in semi["shares"]].index(wildcards.share)
+    for key in ("shares", "weight_decay"):
+        semi[key] = [semi[key][number]]
+    return json.dumps({key: value for key, value in used.items() if key != "version"})
+
+
 def trained(file):
     """A file of every model that is trained to be evaluated."""
     return unique(

@@ -169,13 +169,13 @@ rule semi_grid:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.tsv"
-    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    threads: COMPUTE.threads
     resources:
         **LIMITS,
-        gpu=COMPUTE.gpus,
+        gpu=min(1, COMPUTE.gpus),
     params:
-        settings=decides("semi"),
-        version=settings.RESULT_VERSION["semi"],
+        settings=decides_run,
+        version=settings.RESULT_VERSION["semi_run"],
         root=lambda wildcards: set_root(wildcards.set, wildcards.v),
     shell:
         "orl evaluate semi_run --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
@@ -200,13 +200,13 @@ rule semi_run:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.tsv"
-    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    threads: COMPUTE.threads
     resources:
         **LIMITS,
-        gpu=COMPUTE.gpus,
+        gpu=min(1, COMPUTE.gpus),
     params:
-        settings=decides("semi"),
-        version=settings.RESULT_VERSION["semi"],
+        settings=decides_run,
+        version=settings.RESULT_VERSION["semi_run"],
         root=lambda wildcards: set_root(wildcards.set, wildcards.v),
     shell:
         "orl evaluate semi_run --settings {params.settings:q} --set {wildcards.set} --backbone {input.backbone:q} "
