@@ -543,7 +543,7 @@ USES: dict[str, tuple[str, ...]] = {
     "set_features": ("data.exif", "downstream.knn.resize", "downstream.knn.size"),
     "knn": ("downstream.knn",),
     "linear": ("seed", "precision", "data.exif", "downstream.linear"),
-    "subset": ("seed", "downstream.semi.shares"),
+    "subset": ("seed",),
     "semi": ("seed", "precision", "data.exif", "downstream.semi"),
     # One training of it: others of the grid, and more runs, change nothing.
     "semi_run": ("seed", "precision", "data.exif", *(f"downstream.semi.{key}" for key in SEMI_RUN)),
