@@ -41,6 +41,7 @@ bench: install
 	python benchmarks/memory.py
 	python benchmarks/stage2.py
 	python benchmarks/scale.py
+	python benchmarks/svm.py
 
 clean:
 	rm -rf .venv results/scenes .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

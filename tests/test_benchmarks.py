@@ -55,6 +55,13 @@ def test_data(photos):
         assert re.search(rf"decode, {name}: ([\d.]+ ms|not installed)", text)
 
 
+def test_svm():
+    text = output_of("svm", "--train", 120, "--test", 80, "--width", 40, "--classes", 2, "--shots", 1, "--workers", 1)
+    figure(text, r"SVM, 2 classes: (\d+) s in 1 processes; mAP [\d.]+")
+    assert figure(text, r"AP differs by ([\d.]+) at most; 0 of 116 fits") < 1
+    figure(text, r"low-shot SVM: (\d+) s for 190 fits")
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_train(stage, photos):
     small = ("--backbone", "resnet10", "--batch", 4, "--size", 32, "--steps", 1, "--threads", 2, "--count", 4)
