@@ -153,7 +153,7 @@ def write_labels(
     section = config.downstream.voc07_svm
     options = (squash, section.resize, section.size, config.data.exif)
     splits = {"train": TestPhotos("", train.image_path, *options), "test": TestPhotos("", test.image_path, *options)}
-    inputs = {"weights": artifacts.fingerprint(weights), "photos": listed(train, test)}
+    inputs = {"weights": artifacts.fingerprint(weights), "photo list": listed(train, test)}
     names = [f"{{}}_{stage}" for stage in section.stages]
     settings, features = used(config, "features"), by_stage(section.stages)
     _write(output, artifacts.FEATURES, settings, inputs, weights, splits, names, features, "f4", workers)

@@ -286,7 +286,7 @@ def read_features(
     path: str | os.PathLike, stages: Sequence[int], train: Labels, test: Labels
 ) -> tuple[artifacts.Features, dict[str, Any]]:
     """Features of the photos of both splits, and what a result says of them. Raises InputError."""
-    artifacts.check_input(path, "photos", listed(train, test))
+    artifacts.check_input(path, "photo list", listed(train, test))
     found = artifacts.read_features(path, stages)
     for split, arrays in (("train", found.train), ("test", found.test)):
         for stage, features in arrays.items():

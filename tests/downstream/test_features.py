@@ -160,7 +160,7 @@ def test_files_of_features(tmp_path: Path, weights: Path) -> None:
     for stage in (2, 5):
         np.testing.assert_array_equal(found.train[stage], extract(weights, train, 32, 36, "ignore", 0, stage))
         np.testing.assert_array_equal(found.test[stage], extract(weights, test, 32, 36, "ignore", 0, stage))
-    artifacts.check_input(path, "photos", listed(train, test))
+    artifacts.check_input(path, "photo list", listed(train, test))
     artifacts.check_input(path, "weights", artifacts.fingerprint(weights))
     with pytest.raises(InputError, match=r"features\.h5: damaged or not such a file"):
         artifacts.read_features(path, [3])

@@ -2,6 +2,7 @@ import json
 import warnings
 from pathlib import Path
 
+import h5py
 import joblib
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.svm import LinearSVC
 
 from orl import InputError, artifacts, config
 from orl.data.labels import Labels
-from orl.downstream import features, svm
+from orl.downstream import features, lowshot, svm
 from orl.networks import backbones
 
 
@@ -326,6 +327,22 @@ def test_evaluate(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("voc07_svm: 1 of 3 classes left out: odd (no positive test photo)\n") == 1
     again = evaluate(make_config(root=str(tmp_path)), weights, None, tmp_path / "again.json", 2)
     assert again["metrics"] == metrics
+
+
+def test_features_of_other_photos_or_not_finite(tmp_path: Path, weights: Path) -> None:
+    tree, path, output = make_tree(tmp_path / "tree"), tmp_path / "features.h5", tmp_path / "result.json"
+    settings = make_config(root=str(tree), stages=[5])
+    train, test, _ = svm.read(settings, None)
+    features.write_labels(settings, weights, path, 0, test, train)
+    with pytest.raises(InputError, match=r"features\.h5: was made from another photo list than the one given"):
+        svm.evaluate(settings, path, "random", None, output, 1)
+    features.write_labels(settings, weights, path, 0, train, test)
+    with h5py.File(path, "r+") as file:
+        file["test_5"][3, 2] = np.nan
+    for evaluate_features in (svm.evaluate, lowshot.evaluate):
+        with pytest.raises(InputError, match=r"features\.h5: test_5 holds features that are not finite"):
+            evaluate_features(settings, path, "random", None, output, 1)
+    assert not output.exists()
 
 
 def test_bad_input_writes_nothing(tmp_path: Path, weights: Path) -> None:

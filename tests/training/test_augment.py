@@ -131,3 +131,11 @@ def test_samples_do_not_influence_each_other(images):
     for number in range(len(images)):
         one = slice(number, number + 1)
         assert torch.equal(A.augment(batch(images)[one], rows[one])[0], whole[number])
+
+
+def test_without_hue_the_hue_is_left_alone():
+    """As torchvision's ColorJitter(hue=0): through 8-bit HSV and back, colours would change."""
+    images = torch.randint(0, 256, (4, 3, 9, 7), dtype=torch.uint8)
+    row = dict.fromkeys(A.COLUMNS, 0.0) | {"jitter": 1, "brightness": 1, "contrast": 1, "saturation": 1}
+    parameters = torch.tensor([[row[name] for name in A.COLUMNS]] * 4)
+    assert torch.equal(A.augment(images, parameters), A.normalize(images))
