@@ -162,7 +162,7 @@ def _subset(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream import sets
 
     train, _ = sets.read(config, args.set, args.root)
-    given = {float(share): file for share, file in config.downstream.sets[args.set].lists.items()}.get(args.share)
+    given = config.downstream.sets[args.set].lists.get(str(args.share))
     rows = read_subset(given, train) if given else subset(train, args.share, config.seed)
     write_subset(args.output, train, rows)
 
@@ -536,7 +536,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(3)
             sys.exit(1)
         if "out of memory" in str(error):
-            advice = "make the batch smaller or raise optimizer.accumulation"
+            advice = "make the batch smaller" + (
+                " or raise optimizer.accumulation" if args.command == "pretrain" else ""
+            )
             print(f"orl {args.command}: {str(error).splitlines()[0]} ({advice})", file=sys.stderr)
         elif "gloo" in str(error) or "NCCL" in str(error):
             print(f"orl {args.command}: another process of the training ended", file=sys.stderr)

@@ -36,6 +36,13 @@ def _index(text: str) -> str:
     return text
 
 
+def _different(values: list) -> list:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"names {twice!r} twice; remove one")
+    return values
+
+
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
@@ -75,8 +82,6 @@ class Data(Section):
     """Folder of the photos (not for `scenes`); manifest paths are relative to it."""
     folders: list[str] = ["train2017"]
     """Image folders under `root` (`coco`); each is a part of the manifest. COCO+ adds unlabeled2017."""
-    fetch: bool = False
-    """Download the image `folders` of COCO, and its annotations, into `root` where they are not there (`coco`)."""
     annotations: dict[str, str] = {}
     """Per image folder, a COCO JSON under `root` that lists its photos (`coco`); without one, all its files."""
     exif: Literal["ignore", "apply"] = "ignore"
@@ -297,9 +302,10 @@ class Stage3(Section):
         return self
 
 
-Costs = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Several = Field(min_length=1), AfterValidator(_different)
+Costs = Annotated[list[Annotated[float, Field(gt=0)]], *Several]
 COSTS = [*(0.5**i for i in range(19, 3, -1)), 1.0, 10.0, 100.0]
-Stages = Annotated[list[Annotated[int, Field(ge=1, le=5)]], Field(min_length=1)]
+Stages = Annotated[list[Annotated[int, Field(ge=1, le=5)]], *Several]
 
 
 class Voc07Svm(Section):
@@ -309,8 +315,6 @@ class Voc07Svm(Section):
     """Layout of the labels: VOCdevkit/VOC2007, or COCO with annotations/instances_SPLIT.json."""
     root: str | None = None
     """Folder of the labelled photos; not given: the generated scenes where `data.layout` is scenes, else no SVM."""
-    fetch: bool = False
-    """Download VOC2007 into the folder above `root` (.../VOCdevkit/VOC2007) if it is not there (`voc`; 0.9 GB)."""
     train: str | None = None
     """Training split; not given: trainval (voc), train2017 (coco)."""
     test: str | None = None
@@ -330,7 +334,7 @@ class Voc07Svm(Section):
 class Voc07Lowshot(Section):
     """SVMs on few photos of each class (ORL release, benchmarks); photos and features are those of `voc07_svm`."""
 
-    shots: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 4, 8, 16, 32, 64, 96]
+    shots: Annotated[list[Positive], *Several] = [1, 2, 4, 8, 16, 32, 64, 96]
     """Positive photos per class; with 19 times as many negative ones."""
     samples: Positive = 5
     """Independent samples of photos, of which mean and standard deviation are given."""
@@ -358,7 +362,7 @@ class LabelledSet(Section):
     tasks: list[Literal["linear", "semi", "knn"]] = ["linear", "semi", "knn"]
     """The tasks that this set is for."""
     lists: dict[str, str] = {}
-    """Share of the labels -> file of its photos (`semi`), as `0.01: 1percent.txt`; without, they are drawn by seed."""
+    """Share of the labels -> file of its photos (`semi`): `0.01: 1percent.txt`; without one they are drawn by seed."""
 
 
 class Linear(Section):
@@ -393,13 +397,13 @@ class Linear(Section):
 class Semi(Section):
     """Fine-tuning on few labels (ORL release, benchmarks)."""
 
-    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.01, 0.1]
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], *Several] = [0.01, 0.1]
     """Shares of the labels."""
     weight_decay: list[NonNegative] = [5e-4, 1e-4]
     """Weight decay for each share."""
-    lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.001, 0.01, 0.1]
+    lr: Costs = [0.001, 0.01, 0.1]
     """Learning rates of the grid, whatever the batch."""
-    head: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 10.0, 100.0]
+    head: Costs = [1.0, 10.0, 100.0]
     """Multiples of the learning rate for the linear head; a training for each rate and each of these."""
     runs: Positive = 5
     """Trainings with the best of the grid, its own included, of which mean and standard deviation are given."""
@@ -426,7 +430,7 @@ class Semi(Section):
 class Knn(Section):
     """Weighted k-nearest-neighbour classification on pooled features, without training (Wu et al., 2018)."""
 
-    k: Annotated[list[Positive], Field(min_length=1)] = [20, 200]
+    k: Annotated[list[Positive], *Several] = [20, 200]
     """Neighbours that vote."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """A neighbour's vote counts exp(similarity / temperature)."""
@@ -451,6 +455,14 @@ class Downstream(Section):
     linear: Linear = Linear()
     semi: Semi = Semi()
     knn: Knn = Knn()
+
+    @model_validator(mode="after")
+    def _lists_of_shares(self) -> "Downstream":
+        for name, one in self.sets.items():
+            odd = next((key for key in one.lists if key not in map(str, self.semi.shares)), None)
+            if odd is not None:
+                raise ValueError(f"sets.{name}.lists: {odd} is none of semi.shares, {self.semi.shares}; correct either")
+        return self
 
 
 Shards = Annotated[int, Field(ge=1, le=1000)]

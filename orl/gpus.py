@@ -136,7 +136,7 @@ def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: 
         if ranks(number, batch, accumulation, group) != number:
             raise InputError(
                 f"{photos} photos at a time cannot be divided among {number} processes, at least {group} for each; "
-                f"start {ranks(number, batch, accumulation, group)} or change optimizer.batch."
+                f"start {ranks(number, batch, accumulation, group)} or change the batch."
             )
         _end_with_torchrun()
         if asked == 0:

@@ -86,6 +86,25 @@ def sentence(raw, **options) -> str:
         ("downstream.voc07_svm.resize", 256),
         ("downstream.voc07_svm.size", 224),
         ("downstream.voc07_svm.folds", 3),
+        ("downstream.voc07_svm.stages", [1, 2, 3, 4, 5]),
+        ("downstream.voc07_lowshot.shots", [1, 2, 4, 8, 16, 32, 64, 96]),
+        ("downstream.voc07_lowshot.samples", 5),
+        ("downstream.voc07_lowshot.protocol", "release"),
+        ("downstream.linear.stages", [1, 2, 3, 4, 5]),
+        ("downstream.linear.batch", 256),
+        ("downstream.linear.lr", 0.01),
+        ("downstream.linear.momentum", 0.9),
+        ("downstream.linear.weight_decay", 1e-4),
+        ("downstream.semi.shares", [0.01, 0.1]),
+        ("downstream.semi.weight_decay", [5e-4, 1e-4]),
+        ("downstream.semi.lr", [0.001, 0.01, 0.1]),
+        ("downstream.semi.head", [1, 10, 100]),
+        ("downstream.semi.runs", 5),
+        ("downstream.semi.epochs", 20),
+        ("downstream.semi.milestones", [12, 16]),
+        ("downstream.semi.batch", 256),
+        ("downstream.knn.k", [20, 200]),
+        ("downstream.knn.temperature", 0.07),
         ("data.exif", "ignore"),
         ("repeats", 1),
         ("measure", ["random", "stage1", "pairs", "orl"]),
@@ -97,7 +116,8 @@ def test_defaults_are_the_papers(key, value):
 
 def test_default_costs_and_stage_3_defaults_are_the_papers():
     settings = parse({})
-    assert set(settings.downstream.voc07_svm.costs) == {1, 10, 100} | {0.5**i for i in range(4, 20)}
+    for task in (settings.downstream.voc07_svm, settings.downstream.voc07_lowshot):
+        assert set(task.costs) == {1, 10, 100} | {0.5**i for i in range(4, 20)}
     for section in ("network", "views", "optimizer"):
         assert at(settings.stage3, section) == at(settings.stage1, section)
 
@@ -115,6 +135,7 @@ def test_default_costs_and_stage_3_defaults_are_the_papers():
         ("stage3.jitter.atempts", "stage3.jitter.attempts"),
         ("data.scenes.trian", "data.scenes.train"),
         ("downstream.voc07_svm.cost", "downstream.voc07_svm.costs"),
+        ("downstream.sets.mine.rot", "downstream.sets.mine.root"),
         ("compute.thread", "compute.threads"),
     ],
 )
@@ -471,3 +492,39 @@ def test_given_weights_are_all_that_counts_of_stage_1():
     assert used(parse(given), "stage1") == used(parse(other), "stage1")
     assert used(parse(other), "random")["seed"] == used(parse(other), "stage3")["seed"] == 5
     assert used(parse({"stage1": {"weights": "b.pth"}}), "stage1") != used(parse(given), "stage1")
+
+
+def test_generated_scenes_have_a_labelled_set():
+    assert list(parse({}).downstream.sets) == ["objects"]
+    assert list(parse({"downstream": {"sets": {"mine": {"root": "x"}}}}).downstream.sets) == ["mine"]
+    assert parse({"data": {"layout": "folder"}}).downstream.sets == {}
+
+
+def test_a_task_on_a_labelled_set_depends_on_that_set_alone():
+    sets = {"a": {"root": "x", "tasks": ["knn"]}, "b": {"root": "y"}}
+    settings = parse({"downstream": {"sets": sets}})
+    found = used(settings, "knn.a")["downstream"]
+    assert found["sets"] == {"a": {"root": "x", "train": "train", "val": "val", "preset": None}}
+    more = parse({"downstream": {"sets": {**sets, "a": {"root": "x"}, "c": {"root": "z"}}, "linear": {"lr": 1.0}}})
+    assert used(more, "knn.a") == used(settings, "knn.a")
+    grown = parse({"downstream": {"sets": sets, "semi": {"head": [1.0], "lr": [3.0], "runs": 9}}})
+    assert used(grown, "semi_run.b") == used(settings, "semi_run.b")
+    assert used(grown, "semi.b") != used(settings, "semi.b")
+
+
+@pytest.mark.parametrize(
+    ("downstream", "reason"),
+    [
+        ({"linear": {"epochs": 3}}, "epochs and milestones go together"),
+        ({"semi": {"shares": [0.1]}}, "weight_decay must name one number for each of shares"),
+        ({"tasks": ["svm"]}, "downstream.tasks.0: input should be 'all', 'voc07_svm'"),
+        ({"sets": {"a.b": {}}}, "downstream.sets.a.b: string should match"),
+        ({"voc07_lowshot": {"shots": []}}, "downstream.voc07_lowshot.shots: list should have at least 1 item"),
+        ({"voc07_svm": {"stages": [5, 5]}}, "downstream.voc07_svm.stages: names 5 twice; remove one"),
+        ({"semi": {"lr": [0.1, 0.1]}}, "downstream.semi.lr: names 0.1 twice"),
+        ({"sets": {"a": {"lists": {"1%": "x.txt"}}}}, "sets.a.lists: 1% is none of semi.shares, [0.01, 0.1]"),
+        ({"voc07_svm": {"stages": [6]}}, "downstream.voc07_svm.stages.0: input should be less than or equal to 5"),
+    ],
+)
+def test_bad_downstream_settings(downstream, reason):
+    assert reason in sentence({"downstream": downstream})

@@ -347,7 +347,7 @@ def test_more_processes_than_a_batch_has_room_for(world, batch, accumulation, fi
     assert status == 2
     assert lines == [
         f"orl pretrain: {batch // accumulation} photos at a time cannot be divided among {world} processes, at least 2 "
-        f"for each; start {fit} or change optimizer.batch."
+        f"for each; start {fit} or change the batch."
     ]
 
 
@@ -364,7 +364,7 @@ def torchrun(*script, **options):
     [
         (512, "nowhere.csv: no such file; make it with `orl manifest`."),
         (3, "3 photos at a time cannot be divided among 2 processes, at least 2 for each; start 1 or change "
-            "optimizer.batch."),
+            "the batch."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_for_all_processes_is_one_sentence(batch, sentence, tmp_path):

@@ -5,6 +5,7 @@ from torch.utils.data import Dataset
 
 from orl import artifacts
 from orl.config import Config, used
+from orl.data.ahead import read_ahead
 from orl.data.decode import center_crop, short_side
 from orl.data.manifest import load
 from orl.discovery import encode
@@ -45,7 +46,7 @@ def embed(
     asked, encoder = config.embeddings, encode.Encoder(model, model_path, config.embeddings.precision)
     numbers = encode.whole_batches(part.rows, len(manifest))
     size = encode.BATCH * asked.crop**2 * 3
-    photos = encode.load(_Photos(config, root, manifest), numbers, encode.BATCH, workers, size, encoder.device)
+    photos = read_ahead(_Photos(config, root, manifest), numbers, encode.BATCH, workers, size, encoder.device)
     settings, held = used(config, "embeddings"), shard and part
     with artifacts.create(output, artifacts.EMBEDDINGS, settings, inputs, held, len(part.rows) * width * 4) as file:
         rows = file.create_dataset("embedding", (len(part.rows), width), np.float32)

@@ -2,22 +2,18 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 
 from orl import InputError
 from orl.networks import backbones
-from orl.workers import check_shared_memory
 
 BATCH = 64
-PREFETCH = 2  # items that each worker process holds ready
 
 
 def whole_batches(numbers: range, total: int) -> range:
@@ -75,28 +71,3 @@ def put(dataset: h5py.Dataset, held: range, start: int, rows: np.ndarray) -> Non
     """Write rows `start`, … of the whole into the dataset of a shard that holds those of `held`."""
     first, last = max(start, held.start), min(start + len(rows), held.stop)
     dataset[first - held.start : last - held.start] = rows[first - start : last - start]
-
-
-def load(
-    pictures: Dataset, rows: range, batch: int | None, workers: int, size: int, device: torch.device
-) -> Iterator[Any]:
-    """What `pictures` has for `rows`, in order, read by worker processes (0: this one), in batches if not None.
-
-    `size`: bytes that an item or a batch may take. Raises InputError when a worker dies or shared memory is too small.
-    """
-    if workers:
-        check_shared_memory(size * (PREFETCH * workers + 1), workers)
-    found = DataLoader(
-        pictures,
-        batch,
-        sampler=rows,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    try:
-        yield from found
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError("a worker process died, likely out of memory; use fewer of them (--threads).") from None

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from orl import InputError, artifacts
 from orl.config import Config, used
+from orl.data.ahead import read_ahead
 from orl.data.decode import resize_crop
 from orl.data.manifest import load
 from orl.discovery import encode
@@ -86,7 +87,7 @@ def rois(
     encoder = encode.Encoder(model, backbone_path, config.rois.precision)
     most = int(np.diff(offsets).max()) * size**2 * 3
     crops = _Crops(config, root, manifest, found, numbers)
-    read = encode.load(crops, photos, None, workers, most, encoder.device)
+    read = read_ahead(crops, photos, None, workers, most, encoder.device)
     settings, held = used(config, "rois"), shard and part
     with artifacts.create(output, artifacts.ROIS, settings, inputs, held, len(own) * row_bytes) as file:
         rows = file.create_dataset("feature", (len(own), model.features), np.float16)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from orl import InputError, artifacts
 from orl.config import Config, used
+from orl.data.ahead import read_ahead
 from orl.data.classes import ClassSet
 from orl.data.decode import Exif, Photo, center_crop, decode, resize_crop, short_side
 from orl.data.labels import Labels, listed
@@ -102,11 +103,11 @@ def extract(
     """
     device = backbones.device()
     model = backbones.load(weights).to(device)
-    loader = DataLoader(photos, BATCH, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = read_ahead(photos, range(len(photos)), BATCH, workers, BATCH * 3 * photos.size**2, device)
     start = 0
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with torch.inference_mode(), exact:
-        for images in track(loader, len(loader), "features"):
+        for images in track(loader, -(-len(photos) // BATCH), "features"):
             batch = [part.cpu().numpy() for part in features(model.stages(backbones.normalize(images.to(device))))]
             bad = np.flatnonzero(~np.logical_and.reduce([np.isfinite(part).all(1) for part in batch]))
             if len(bad):

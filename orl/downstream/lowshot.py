@@ -1,5 +1,6 @@
 """Low-shot linear SVMs on frozen features by VOC07's protocol (FAIR's self-supervision benchmark; ORL release)."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -286,6 +287,9 @@ def evaluate(
     section, stage = config.downstream.voc07_lowshot, config.downstream.voc07_svm.stages[-1]
     train, test, data = svm.read(config, root)
     lists = None if section.lists is None else read_lists(section.lists, train, section.shots, section.samples)
+    if lists is not None:
+        rows = b"".join(rows.tobytes() for rows in lists.values())
+        data |= {"lists": section.lists, "lists_fingerprint": hashlib.sha256(rows).hexdigest()}
     found, of_features = svm.read_features(features_path, [stage], train, test)
     metrics = evaluate_shots(
         found.train[stage],

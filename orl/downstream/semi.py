@@ -49,8 +49,8 @@ def collect(paths: Sequence[str | os.PathLike], model: str, output: str | os.Pat
         if others:
             raise InputError(f"{others[0]}: is not of the grid's best setting; make it again.")
         top = {key: np.array([one[key] for one in runs]) for key in ("top1", "top5")}
-        settings["shares"][f"{share:g}"] = runs[0]["settings"]
-        shares[f"{share:g}"] = {
+        settings["shares"][str(share)] = runs[0]["settings"]
+        shares[str(share)] = {
             "lr": lr,
             "head": head,
             **{key: float(values.mean()) for key, values in top.items()},

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from orl import InputError, artifacts
 from orl.config import Config, Views
+from orl.data.ahead import read_ahead
 from orl.data.classes import ClassSet
 from orl.data.decode import Exif, decode, resize_crop
 from orl.data.views import random_resized_crop, rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pool, pooled
 from orl.downstream.sets import chance, describe, preset_of
 from orl.networks import backbones
+from orl.training import ranks
 from orl.training.augment import augment, draw
 from orl.training.batches import Samples
 from orl.training.checkpoint import State
-from orl.training.loop import Run, processes
+from orl.training.loop import DivergedError, Run, processes
 
 # Principal axes of ImageNet's colours, in columns, and their standard deviations, of photos from 0 to 1.
 AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -37,7 +40,7 @@ LINEAR_FALL, SEMI_FALL = 0.1, 0.2  # what the learning rate is multiplied by at 
 class LinearHeads(nn.Module):
     """A linear classifier on each of some stages of a frozen backbone: float [B, 3, H, W] -> logits [B, C] of each.
 
-    The stage's map goes through a BatchNorm without parameters of its own, then through `features.pool`.
+    The stage's map goes through `features.pool`, then through a BatchNorm without parameters of its own.
     """
 
     def __init__(self, backbone: backbones.ResNet, stages: Sequence[int], classes: int, size: int) -> None:
@@ -59,7 +62,7 @@ class LinearHeads(nn.Module):
         with torch.no_grad():
             maps = self.backbone.stages(images)
         return [
-            head(pool(norm(maps[stage - 1]), stage).flatten(1))
+            head(norm(pool(maps[stage - 1], stage)).flatten(1))
             for stage, norm, head in zip(self.stages, self.norms, self.heads, strict=True)
         ]
 
@@ -202,11 +205,11 @@ class _Run(Run):
         """`top1` and `top5` of each stage, percent of all test photos."""
         right = torch.zeros(2, len(self.labels), dtype=torch.int64, device=self.device)
         label = torch.from_numpy(self.job.val.label)[self.rank :: self.size].to(self.device)
-        batch = max(BATCH, self.batch // self.size)
-        loader = DataLoader(self.tested, batch, num_workers=max(0, self.threads - 1), pin_memory=self.on_gpu)
         self.model.eval()
         start = 0
-        for images in loader:
+        size = BATCH * 3 * self.job.views.size**2
+        workers = max(0, self.threads - 1)
+        for images in read_ahead(self.tested, range(len(self.tested)), BATCH, workers, size, self.device):
             if self.asked_to_stop:
                 self.stop()  # the training is saved; this is done again
             with self.autocast:
@@ -278,8 +281,8 @@ def train(
     its processes share each batch, and the `threads`. SIGTERM saves a checkpoint and exits 143. Raises InputError.
     """
     first = TestPhotos(job.val.root, job.val.path[:BATCH], crop, job.resize, job.views.size, config.data.exif)
-    next(extract(job.weights, first, pooled, 0))  # bad weights or photos show before the long work
     with processes():
+        next(extract(job.weights, first, pooled, 0))  # bad weights or photos show before the long work
         run = _Run(config, job, threads)
         kept = State(state, stamp["fingerprint"], lock=run.rank == 0)
         run.loop(kept, minutes * 60, log_every)
@@ -307,11 +310,21 @@ def evaluate(
     data = {**describe(config, name, job.train, job.val, weights), "labels": len(job.rows)}
     chosen = hashlib.sha256(job.rows.tobytes()).hexdigest()
     inputs = {"weights": weights, "data": data["fingerprint"], "rows": chosen}
-    state = Path(f"{output}.state")
-    rows = train(config, job, state, artifacts.stamp("orl.supervised/1", settings, inputs), threads, minutes, log_every)
+    state, stamp = Path(f"{output}.state"), artifacts.stamp("orl.supervised/1", settings, inputs)
+    try:
+        rows = train(config, job, state, stamp, threads, minutes, log_every)
+    except DivergedError as error:
+        if job.stages is not None:
+            raise
+        # A setting of a grid: it is none to choose, but the others count.
+        print(f"{job.name}: {error} Its accuracy counts as 0.", file=sys.stderr)
+        rows = [{"epoch": 0, "top1": {"5": 0.0}, "top5": {"5": 0.0}}] if ranks.rank() == 0 else []
     if not rows:  # not the first process
         return
     metrics = {"top1": rows[-1]["top1"], "top5": rows[-1]["top5"], "chance_top1": chance(job.val), "epochs": rows}
     result = {"task": task, "model": model, "metrics": metrics, "settings": settings, "data": data}
     artifacts.write_json(output, result)
-    shutil.rmtree(state)  # the result is all that is wanted of it
+    # The result is all that is wanted of it; what is left of a training with other settings stays.
+    shutil.rmtree(state / stamp["fingerprint"][:16], ignore_errors=True)
+    if not list(state.glob("*/checkpoint.pt")):
+        shutil.rmtree(state, ignore_errors=True)

@@ -24,6 +24,10 @@ from orl.training.batches import Batches, Loader, Samples
 from orl.training.checkpoint import State
 
 
+class DivergedError(InputError):
+    """A loss that is not finite."""
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """Those that torchrun started train together inside this (see `ranks`); any other process by itself."""
@@ -182,6 +186,13 @@ class Run:
             dist.all_reduce(values)
         return dict(zip(self.sums, values.tolist(), strict=True))
 
+    def share_sums(self) -> None:
+        """Give each process the mean of all: they average to the same, and the first one's are those that are saved."""
+        if self.size > 1:
+            values = torch.stack(list(self.sums.values())) / self.size
+            dist.all_reduce(values)
+            self.sums = dict(zip(self.sums, values, strict=True))
+
     def check_finite(self, state: State) -> None:
         """Raise InputError, in every process, if a loss was not finite or the last step spoilt the weights."""
         bad = self.bad_step.clone()
@@ -193,7 +204,9 @@ class Run:
             kept = (
                 f"the last good checkpoint is kept as {state.path}" if state.path.exists() else "nothing is saved yet"
             )
-            raise InputError(f"{self.name}: the loss of step {int(bad)} is not finite; lower {self.rate_key} ({kept}).")
+            raise DivergedError(
+                f"{self.name}: the loss of step {int(bad)} is not finite; lower {self.rate_key} ({kept})."
+            )
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -264,6 +277,7 @@ class Run:
                 if log:
                     self.log(self.means(), clock.lap(self.step - first), bar, board)
                 if save:
+                    self.share_sums()
                     if self.rank == 0:
                         state.save(self.saved())
                     last_save = time.monotonic()

@@ -34,7 +34,9 @@ SCENES = RUN.data.layout == "scenes"
 ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
 if not ROOT:
     stop("config: data.root is not given; set it to the folder of your photos.")
-if not SCENES and not RUN.data.fetch and not Path(ROOT).is_dir():
+# Data that are about to be fetched need not be there.
+FETCHES = {"fetch_coco", "fetch_voc2007"} & set(sys.argv)
+if not SCENES and not FETCHES and not Path(ROOT).is_dir():
     stop(
         f"config: data.root: {ROOT!r} is no folder; set it to the folder of your photos."
     )
@@ -78,7 +80,7 @@ MODELS = {
 SETS = unique(name for run in RUNS.values() for name in run.downstream.sets)
 for name in SETS:
     UPSTREAM[f"subset.{name}"] = ()
-    PATHS[f"subset.{name}"] = f"downstream/subset.{name}{{v}}"
+    PATHS[f"subset.{name}"] = f"downstream/subset{{v}}/{name}"
 for model in MODELS.values():
     # TASK MODEL or TASK.SET MODEL: upstream, and its file among the model's results
     results = {
@@ -215,7 +217,7 @@ def decides_run(wildcards):
     """Params function: the settings that decide one training of semi; of the shares and their weight decays, its own."""
     used = settings.used(RUNS[wildcards.v], f"semi_run.{wildcards.set}")
     semi = used["downstream"]["semi"]
-    number = [f"{share:g}" for share in semi["shares"]].index(wildcards.share)
+    number = list(map(str, semi["shares"])).index(wildcards.share)
     for key in ("shares", "weight_decay"):
         semi[key] = [semi[key][number]]
     return json.dumps({key: value for key, value in used.items() if key != "version"})
@@ -246,14 +248,12 @@ def labels(v=""):
 
 def label_files(v):
     """The lists of labels of voc07_svm, in either layout: corrected labels are evaluated again."""
-    section = RUNS[v].downstream.voc07_svm
-    if section.fetch:
-        return [FETCHED_VOC]
-    if section.root is None:  # the generated scenes: their folder is the input
+    root = RUNS[v].downstream.voc07_svm.root
+    if root is None:  # the generated scenes: their folder is the input
         return []
     lists = [
-        *Path(section.root).glob("annotations/instances_*.json"),
-        *Path(section.root).glob("ImageSets/Main/*.txt"),
+        *Path(root).glob("annotations/instances_*.json"),
+        *Path(root).glob("ImageSets/Main/*.txt"),
     ]
     return sorted(map(str, lists))
 
@@ -267,12 +267,24 @@ def set_root(name, v=""):
 
 
 def set_files(wildcards):
-    """The lists of a labelled set, where it has any."""
-    one, root = RUNS[wildcards.v].downstream.sets[wildcards.set], set_root(
-        wildcards.set, wildcards.v
+    """The list files of a labelled set, where it has any."""
+    one = RUNS[wildcards.v].downstream.sets[wildcards.set]
+    root = set_root(wildcards.set, wildcards.v)
+    files = [Path(root, part) for part in (one.train, one.val)]
+    return [str(file) for file in files if file.is_file()]
+
+
+def subset_list(wildcards):
+    """The list that says which labels of a set are used, where one is given."""
+    return (
+        RUNS[wildcards.v].downstream.sets[wildcards.set].lists.get(wildcards.share, [])
     )
-    given = [*one.lists.values(), *(Path(root, part) for part in (one.train, one.val))]
-    return [str(file) for file in given if Path(file).is_file()]
+
+
+def lowshot_lists(wildcards):
+    """The official samples of voc07_lowshot, where they are given."""
+    folder = RUNS[wildcards.v].downstream.voc07_lowshot.lists
+    return sorted(map(str, Path(folder).glob("*_sample*_k*.npy"))) if folder else []
 
 
 def models_of(v):
@@ -314,8 +326,8 @@ def semi_grid(name, model, v):
     semi = RUNS[v].downstream.semi
     folder = found(f"semi.{name} {MODELS[model]}", v).removesuffix(".json")
     return {
-        f"{share:g}": [
-            f"{folder}/{share:g}-lr{lr:g}-x{head:g}.json"
+        str(share): [
+            f"{folder}/{share}-lr{lr}-x{head}.json"
             for lr in semi.lr
             for head in semi.head
         ]
@@ -341,8 +353,6 @@ def objects():
     """The COCO files with boxes of the photos' objects: the scenes' own, or those of data.annotations that hold any."""
     if SCENES:
         return [f"{ROOT}/annotations/instances_train2017.json"]
-    if RUN.data.fetch:  # perhaps not there yet
-        return annotations()
     return [file for file in annotations() if holds_boxes(file)]
 
 
@@ -371,22 +381,26 @@ for name in RUNS:
     supervised = RUNS[name].supervised
     if supervised and not Path(supervised).is_file():
         stop(f"config: supervised: {supervised!r} is no file; name a file of weights.")
-    section = RUNS[name].downstream.voc07_svm
-    if section.fetch and not str(section.root).endswith("VOCdevkit/VOC2007"):
-        stop(
-            f"config: downstream.voc07_svm.root: {section.root!r} must end in VOCdevkit/VOC2007 to be fetched; "
-            f"change it or set fetch to false."
-        )
-    roots = {} if section.fetch else {"voc07_svm": section.root}
+    roots = {
+        "voc07_svm.root": RUNS[name].downstream.voc07_svm.root,
+        "voc07_lowshot.lists": RUNS[name].downstream.voc07_lowshot.lists,
+    }
     for one, labelled in RUNS[name].downstream.sets.items():
-        roots[f"sets.{one}"] = labelled.root
+        roots[f"sets.{one}.root"] = labelled.root
     for key, root in roots.items():
-        if root and not Path(root).is_dir():
+        if root and not FETCHES and not Path(root).is_dir():
             stop(
-                f"config: downstream.{key}.root: {root!r} is no folder; set it to the labelled photos."
+                f"config: downstream.{key}: {root!r} is no folder; correct it or fetch what belongs there."
             )
-FETCHED = f"{ROOT}/.fetched"
-FETCHED_VOC = f"{RUN.downstream.voc07_svm.root}/.fetched"
+if "fetch_coco" in FETCHES and RUN.data.layout != "coco":
+    stop(
+        "config: data.layout must be coco, and data.root a folder, to fetch COCO into."
+    )
+root = str(RUN.downstream.voc07_svm.root)
+if "fetch_voc2007" in FETCHES and not root.endswith("VOCdevkit/VOC2007"):
+    stop(
+        f"config: downstream.voc07_svm.root: {root!r} must end in VOCdevkit/VOC2007 to be fetched."
+    )
 
 # What is left out for want of data is said once.
 WANTED = set(RUN.downstream.tasks)
@@ -413,8 +427,8 @@ wildcard_constraints:
     model="random|stage1|orl|supervised",
     set="[A-Za-z0-9][A-Za-z0-9_-]*",
     share=r"[0-9.e-]+",
-    lr=r"[0-9.e-]+",
-    head=r"[0-9.e+]+",
+    lr=r"[0-9.e+-]+",
+    head=r"[0-9.e+-]+",
     number=r"\d+",
     shard=r"\d{4}-of-\d{4}",
     merged="embeddings|proposals|correspondences",

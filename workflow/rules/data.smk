@@ -15,39 +15,40 @@ if SCENES:
             "orl scenes --settings {params.settings:q} --output {output:q} --threads {threads} 2>&1 | tee {log:q}"
 
 
-if RUN.data.fetch:
+# For people to ask for by name. They leave alone what is there, and no other rule depends on them.
+rule fetch_coco:
+    log:
+        f"{RESULTS}/logs/fetch_coco.log",
+    params:
+        root=ROOT,
+        parts=[
+            *RUN.data.folders,
+            "annotations",
+            *(
+                ["image_info_unlabeled"]
+                if any(
+                    "image_info_un" in file for file in RUN.data.annotations.values()
+                )
+                else []
+            ),
+        ],
+    shell:
+        "orl fetch coco --output {params.root:q} --parts {params.parts:q} 2>&1 | tee {log:q}"
 
-    # It leaves alone what is there.
-    rule fetch_coco:
-        output:
-            touch(FETCHED),
-        log:
-            f"{RESULTS}/logs/fetch_coco.log",
-        params:
-            root=ROOT,
-            parts=[*RUN.data.folders, "annotations"],
-        shell:
-            "orl fetch coco --output {params.root:q} --parts {params.parts:q} 2>&1 | tee {log:q}"
 
-
-if RUN.downstream.voc07_svm.fetch:
-
-    rule fetch_voc2007:
-        output:
-            touch(FETCHED_VOC),
-        log:
-            f"{RESULTS}/logs/fetch_voc2007.log",
-        params:
-            root=Path(FETCHED_VOC).parents[2],
-        shell:
-            "orl fetch voc2007 --output {params.root:q} 2>&1 | tee {log:q}"
+rule fetch_voc2007:
+    log:
+        f"{RESULTS}/logs/fetch_voc2007.log",
+    params:
+        root=lambda _: Path(RUN.downstream.voc07_svm.root).parents[1],
+    shell:
+        "orl fetch voc2007 --output {params.root:q} 2>&1 | tee {log:q}"
 
 
 rule manifest:
     input:
         photos=ROOT if SCENES else [],
-        annotations=[] if SCENES or RUN.data.fetch else annotations(),
-        fetched=FETCHED if RUN.data.fetch else [],
+        annotations=[] if SCENES else annotations(),
     output:
         manifest=f"{RESULTS}/manifest.csv",
         rejected=f"{RESULTS}/rejected.csv",

@@ -46,6 +46,7 @@ rule voc07_svm:
 
 rule voc07_lowshot:
     input:
+        lists=lowshot_lists,
         features=downstream_of("features"),
         scenes=ROOT if SCENES else [],
         labels=lambda wildcards: label_files(wildcards.v),
@@ -140,14 +141,15 @@ rule linear:
 
 rule subset:
     input:
+        given=subset_list,
         scenes=ROOT if SCENES else [],
         lists=set_files,
     output:
-        f"{RESULTS}/downstream/subset.{{set}}{{v}}/{{share}}.txt",
+        f"{RESULTS}/downstream/subset{{v}}/{{set}}/{{share}}.txt",
     log:
-        f"{RESULTS}/logs/downstream/subset.{{set}}{{v}}/{{share}}.log",
+        f"{RESULTS}/logs/downstream/subset{{v}}/{{set}}/{{share}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/downstream/subset.{{set}}{{v}}/{{share}}.tsv"
+        f"{RESULTS}/benchmarks/downstream/subset{{v}}/{{set}}/{{share}}.tsv"
     params:
         settings=decides("subset"),
         version=settings.RESULT_VERSION["subset"],
@@ -225,6 +227,8 @@ rule semi:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}.tsv"
+    params:
+        version=settings.RESULT_VERSION["semi"],
     shell:
         "orl evaluate semi --runs {input:q} --name {wildcards.model}{wildcards.v} --output {output:q} 2>&1 | tee {log:q}"
 
