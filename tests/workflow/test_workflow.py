@@ -524,6 +524,7 @@ def test_given_weights_are_the_same_for_every_seed(tmp_path):
         ({"downstream": {"voc07_svm": {"root": "nowhere"}}}, "'nowhere' is no folder"),
         ({"downstream": {"voc07_lowshot": {"lists": "nowhere"}}}, "voc07_lowshot.lists: 'nowhere' is no folder"),
         ({"downstream": {"sets": {"a": {"root": "nowhere"}}}}, "downstream.sets.a.root: 'nowhere' is no folder"),
+        ({"downstream": {"sets": {"a": {"root": ".", "val": "test"}}}}, "downstream.sets.a: 'train' is not there"),
         ({"supervised": "nowhere.pth"}, "supervised: 'nowhere.pth' is no file"),
         ({"stage1": {"weights": "nowhere.pth"}}, "stage1.weights: 'nowhere.pth' is no file"),
         ({"variants": {"a": {"stage1": {"weights": "nowhere.pth"}}}}, "stage1.weights: 'nowhere.pth' is no file"),

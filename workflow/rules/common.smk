@@ -387,6 +387,16 @@ for name in RUNS:
     }
     for one, labelled in RUNS[name].downstream.sets.items():
         roots[f"sets.{one}.root"] = labelled.root
+        files = [*labelled.lists.values()]
+        if labelled.root:
+            files += [
+                Path(labelled.root, part) for part in (labelled.train, labelled.val)
+            ]
+        for file in files:
+            if Path(labelled.root or ".").is_dir() and not Path(file).exists():
+                stop(
+                    f"config: downstream.sets.{one}: {str(file)!r} is not there; correct train, val or lists."
+                )
     for key, root in roots.items():
         if root and not FETCHES and not Path(root).is_dir():
             stop(
