@@ -420,3 +420,13 @@ def test_as_module_and_as_script(tmp_path):
         assert done.stdout == ""
         assert done.stderr.splitlines() == ["orl neighbors: missing.csv: no such file; make it with `orl manifest`."]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_none_is_named_before_anything_is_fetched(tmp_path, capsys):
+    status, lines = run("fetch", "coco", "--output", tmp_path / "coco", "--parts", "train2014", capsys=capsys)
+    assert status == 2
+    assert lines == [
+        "orl fetch: coco: has no part 'train2014'; name some of train2017, val2017, annotations, unlabeled2017, "
+        "image_info_unlabeled."
+    ]
+    assert list(tmp_path.iterdir()) == []

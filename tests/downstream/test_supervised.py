@@ -164,19 +164,23 @@ def test_top_1_and_top_5_by_hand(root: Path, weights: Path) -> None:
     assert run.test()["top1"]["5"] == pytest.approx(100 * right, abs=100 / 12 + 1e-6)
 
 
-def test_an_interrupted_training_ends_bit_equal(
-    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = linear(settings(root), weights, tmp_path / "whole.json")
+def stop_at_step_5(patch: pytest.MonkeyPatch) -> None:
     original = supervised._Run.train_step
 
-    def interrupted(self: supervised._Run, parts: list) -> None:
+    def train_step(self: supervised._Run, parts: list) -> None:
         if self.step == 5:
             raise KeyboardInterrupt
         original(self, parts)
 
+    patch.setattr(supervised._Run, "train_step", train_step)
+
+
+def test_an_interrupted_training_ends_bit_equal(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = linear(settings(root), weights, tmp_path / "whole.json")
     with monkeypatch.context() as patch:
-        patch.setattr(supervised._Run, "train_step", interrupted)
+        stop_at_step_5(patch)
         with pytest.raises(KeyboardInterrupt):
             linear(settings(root), weights, tmp_path / "broken.json", minutes=0)
     assert not (tmp_path / "broken.json").exists()
@@ -386,15 +390,8 @@ def test_a_finished_training_leaves_those_of_other_settings(
     root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "linear.json"
-    original = supervised._Run.train_step
-
-    def interrupted(self: supervised._Run, parts: list) -> None:
-        if self.step == 5:
-            raise KeyboardInterrupt
-        original(self, parts)
-
     with monkeypatch.context() as patch:
-        patch.setattr(supervised._Run, "train_step", interrupted)
+        stop_at_step_5(patch)
         with pytest.raises(KeyboardInterrupt):
             linear(settings(root), weights, output, minutes=0)
     (kept,) = tmp_path.glob("linear.json.state/*/checkpoint.pt")
