@@ -555,7 +555,7 @@ USES: dict[str, tuple[str, ...]] = {
     "set_features": ("data.exif", "downstream.knn.resize", "downstream.knn.size"),
     "knn": ("downstream.knn",),
     "linear": ("seed", "precision", "data.exif", "downstream.linear"),
-    "subset": ("seed",),
+    "subset": ("seed", "downstream.semi.shares", "downstream.semi.weight_decay"),
     "semi": ("seed", "precision", "data.exif", "downstream.semi"),
     # One training of it: others of the grid, and more runs, change nothing.
     "semi_run": ("seed", "precision", "data.exif", *(f"downstream.semi.{key}" for key in SEMI_RUN)),
@@ -702,7 +702,7 @@ def used(config: Config, stage: str) -> dict:
     whole, uses = config.model_dump(mode="json"), USES[stage]
     if name:
         uses += tuple(f"downstream.sets.{name}.{key}" for key in ("root", "train", "val", "preset"))
-        uses += (f"downstream.sets.{name}.lists",) if stage in ("subset", "semi", "semi_run") else ()
+        uses += (f"downstream.sets.{name}.lists",) if stage in ("subset", "semi") else ()
     if config.stage1.weights:
         whole["stage1"] = {key: whole["stage1"][key] for key in ("weights", "network")}  # the latter for `random`
         uses = ("stage1",) if stage == "stage1" else uses  # nothing is trained: all seeds share it

@@ -430,3 +430,16 @@ def test_a_part_that_is_none_is_named_before_anything_is_fetched(tmp_path, capsy
         "image_info_unlabeled."
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_given_list_is_taken_for_its_share(settings, inputs, toy, tmp_path, capsys):
+    chosen = sorted(path.name for path in (toy / "train").rglob("*.jpg"))[:4]
+    (tmp_path / "given.txt").write_text("".join(f"{name}\n" for name in chosen))
+    own = json.loads(settings)
+    own["downstream"]["sets"]["toy"] = {"lists": {"0.5": str(tmp_path / "given.txt")}}
+    status, _ = run("subset", "--set", "toy", "--share", 0.5, "--root", toy, "--settings", json.dumps(own),
+                    "--output", tmp_path / "list.txt", capsys=capsys)  # fmt: skip
+    assert status == 0
+    lines = (tmp_path / "list.txt").read_text().splitlines()
+    assert sorted(line.split()[0].rpartition("/")[2] for line in lines) == chosen
+    assert inputs["--list"].read_text().splitlines() != lines

@@ -512,6 +512,24 @@ def test_a_task_on_a_labelled_set_depends_on_that_set_alone():
     assert used(grown, "semi.b") != used(settings, "semi.b")
 
 
+@pytest.mark.parametrize("task", ["set_features", "knn", "linear", "subset", "semi", "semi_run"])
+def test_a_task_on_a_labelled_set_given_only_what_it_uses_is_the_same(task):
+    """Lists of shares other than the default ones among it."""
+    one = {"root": "x", "lists": {"0.2": "fifth.txt", "0.5": "half.txt"}, "preset": "places205"}
+    semi = {"shares": [0.2, 0.5, 1.0], "weight_decay": [0.0, 0.1, 0.2]}
+    wanted = used(parse({"downstream": {"sets": {"a": one, "b": {}}, "semi": semi}}), f"{task}.a")
+    text = json.dumps({key: value for key, value in wanted.items() if key != "version"})
+    assert used(load(text), f"{task}.a") == wanted
+
+
+def test_one_share_of_semi_needs_no_list_of_another():
+    """As the rules give it to a run: its own share and weight decay alone."""
+    one = {"root": "x", "lists": {"0.01": "1percent.txt", "0.1": "10percent.txt"}}
+    found = used(parse({"downstream": {"sets": {"a": one}}}), "semi_run.a")
+    found["downstream"]["semi"] |= {"shares": [0.1], "weight_decay": [1e-4]}
+    assert used(load(json.dumps({key: value for key, value in found.items() if key != "version"})), "semi_run.a")
+
+
 @pytest.mark.parametrize(
     ("downstream", "reason"),
     [

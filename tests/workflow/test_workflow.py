@@ -440,6 +440,8 @@ def test_every_task_on_every_model(copy):
     assert after(voc07_lowshot={"shots": [1], "samples": 2, "costs": [1]}) == {"voc07_lowshot": 2, "report": 1}
     # Two more runs, or a larger grid: what is there already stays, but the runs of the best wait for the whole grid.
     assert after(semi={**downstream["semi"], "runs": 4}) == {"semi_run": 4, "semi": 2, "report": 1}
+    more = {**downstream["semi"], "shares": [0.5, 1.0], "weight_decay": [0.0, 0.1]}
+    assert after(semi=more) == {"subset": 1, "semi_grid": 4, "semi_run": 2, "semi": 2, "report": 1}
     larger = {**downstream["semi"], "head": [1, 10, 100]}
     assert after(semi=larger) == {"semi_grid": 2, "semi_run": 2, "semi": 2, "report": 1}
     assert after(voc07_svm={**TINY["downstream"]["voc07_svm"], "costs": [1]}) == {"voc07_svm": 2, "report": 1}

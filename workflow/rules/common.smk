@@ -213,14 +213,29 @@ def decides(stage):
     return as_json
 
 
-def decides_run(wildcards):
-    """Params function: the settings that decide one training of semi; of the shares and their weight decays, its own."""
-    used = settings.used(RUNS[wildcards.v], f"semi_run.{wildcards.set}")
-    semi = used["downstream"]["semi"]
-    number = list(map(str, semi["shares"])).index(wildcards.share)
-    for key in ("shares", "weight_decay"):
-        semi[key] = [semi[key][number]]
-    return json.dumps({key: value for key, value in used.items() if key != "version"})
+def decides_share(stage):
+    """Params function: the settings that decide a stage of semi for one share of the labels; nothing of other shares."""
+
+    def as_json(wildcards):
+        used = settings.used(RUNS[wildcards.v], f"{stage}.{wildcards.set}")
+        semi, one = (
+            used["downstream"]["semi"],
+            used["downstream"]["sets"][wildcards.set],
+        )
+        number = list(map(str, semi["shares"])).index(wildcards.share)
+        for key in ("shares", "weight_decay"):
+            semi[key] = [semi[key][number]]
+        if "lists" in one:
+            one["lists"] = {
+                share: file
+                for share, file in one["lists"].items()
+                if share == wildcards.share
+            }
+        return json.dumps(
+            {key: value for key, value in used.items() if key != "version"}
+        )
+
+    return as_json
 
 
 def trained(file):

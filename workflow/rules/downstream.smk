@@ -151,7 +151,7 @@ rule subset:
     benchmark:
         f"{RESULTS}/benchmarks/downstream/subset{{v}}/{{set}}/{{share}}.tsv"
     params:
-        settings=decides("subset"),
+        settings=decides_share("subset"),
         version=settings.RESULT_VERSION["subset"],
         root=lambda wildcards: set_root(wildcards.set, wildcards.v),
     shell:
@@ -176,7 +176,7 @@ rule semi_grid:
         **LIMITS,
         gpu=min(1, COMPUTE.gpus),
     params:
-        settings=decides_run,
+        settings=decides_share("semi_run"),
         version=settings.RESULT_VERSION["semi_run"],
         root=lambda wildcards: set_root(wildcards.set, wildcards.v),
     shell:
@@ -207,7 +207,7 @@ rule semi_run:
         **LIMITS,
         gpu=min(1, COMPUTE.gpus),
     params:
-        settings=decides_run,
+        settings=decides_share("semi_run"),
         version=settings.RESULT_VERSION["semi_run"],
         root=lambda wildcards: set_root(wildcards.set, wildcards.v),
     shell:
