@@ -21,9 +21,10 @@ from torch import Tensor
 
 from orl.config import Config, load
 from orl.data import coco
-from orl.data.decode import decode, resize_crop, short_side
+from orl.data.decode import decode, resize_crop
 from orl.data.labels import read_splits
 from orl.data.views import rng
+from orl.downstream.features import squash
 from orl.downstream.svm import average_precision
 from orl.networks import backbones
 from orl.pretrain.byol import BYOL
@@ -37,8 +38,7 @@ BATCH = 64
 
 def test_view(path: Path, resize: int, size: int) -> Tensor:
     """A photo as voc07_svm sees it: uint8 [3, size, size]."""
-    photo = short_side(decode(path, "ignore"), resize)
-    return torch.from_numpy(resize_crop(photo, (0, 0, photo.shape[1], photo.shape[0]), (size, size))).permute(2, 0, 1)
+    return torch.from_numpy(squash(decode(path, "ignore"), resize, size)).permute(2, 0, 1)
 
 
 def pooled(model: backbones.ResNet, photos: Tensor) -> np.ndarray:
