@@ -84,6 +84,8 @@ class Data(Section):
     """Image folders under `root` (`coco`); each is a part of the manifest. COCO+ adds unlabeled2017."""
     annotations: dict[str, str] = {}
     """Per image folder, a COCO JSON under `root` that lists its photos (`coco`); without one, all its files."""
+    objects: list[str] = []
+    """What holds the boxes of the photos' objects, under `root`: COCO JSONs, or folders of VOC XML files."""
     exif: Literal["ignore", "apply"] = "ignore"
     """Whether photos are turned as their EXIF orientation says; phone photos want `apply`."""
     scenes: Scenes = Scenes()
@@ -440,7 +442,96 @@ class Knn(Section):
     """Side of the centre crop, pixels."""
 
 
-Task = Literal["all", "voc07_svm", "voc07_lowshot", "linear", "semi", "knn"]
+class Detection(Section):
+    """Mask R-CNN with a feature pyramid, all layers fine-tuned (ORL supplement)."""
+
+    root: str | None = None
+    """Folder in COCO layout, with masks; not given: the generated scenes where there are any, else it is left out."""
+    train: str = "train2017"
+    """Training split: its folder of photos, and annotations/instances_SPLIT.json."""
+    test: str = "val2017"
+    """Test split, likewise."""
+    schedule: Literal["1x", "2x"] = "1x"
+    """1x: 90,000 iterations, the rate falls to a tenth after 60,000 and 80,000; 2x: twice as many of each."""
+    iterations: Positive | None = None
+    """Iterations instead of the schedule's, at batch 16."""
+    milestones: list[Positive] | None = None
+    """Iterations after which the rate falls to a tenth, at batch 16; they go with `iterations`."""
+    batch: Positive = 16
+    """Photos per step; of others than 16, `lr` is scaled linearly, and iterations, milestones and warm-up inversely."""
+    lr: Annotated[float, Field(gt=0)] = 0.02
+    """Learning rate at batch 16."""
+    warmup: Annotated[int, Field(ge=0)] = 1000
+    """Iterations of linear warm-up from a thousandth of the rate, at batch 16."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay, 0 on the parameters of norms."""
+    short_sides: Annotated[list[Annotated[int, Field(ge=32)]], *Several] = [640, 672, 704, 736, 768, 800]
+    """Short sides of a training photo, pixels; one is drawn for each."""
+    test_side: Annotated[int, Field(ge=32)] = 800
+    """Short side of a test photo, pixels."""
+    long_side: Annotated[int, Field(ge=32)] = 1333
+    """Longest side of any, pixels; it outweighs the short one."""
+    channels: Positive = 256
+    """Width of the pyramid, and of the convolutions of box and mask head."""
+    rois: Annotated[int, Field(ge=4)] = 512
+    """RoIs of a photo that box and mask head are trained on."""
+    precise_bn: Annotated[int, Field(ge=0)] = 200
+    """Iterations over which batch statistics are estimated anew before testing."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "Detection":
+        if (self.iterations is None) != (self.milestones is None):
+            raise ValueError("iterations and milestones go together; give both or neither")
+        return self
+
+
+class Segmentation(Section):
+    """A linear layer on the frozen last stage names each pixel's class; photos and masks are those of `detection`."""
+
+    resize: Annotated[int, Field(ge=32)] = 512
+    """Short side of a photo before its centre crop, pixels."""
+    size: Annotated[int, Field(ge=32)] = 448
+    """Side of the centre crop, pixels."""
+    epochs: Positive = 10
+    """Epochs."""
+    milestones: list[Positive] = [6, 8]
+    """Epochs after which the rate falls to a tenth."""
+    batch: Annotated[int, Field(ge=2)] = 64
+    """Photos per step; fewer where there are not so many."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate, whatever the batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay."""
+
+
+class Localization(Section):
+    """Boxes found without labels, on the run's own photos whose objects are annotated."""
+
+    side: Annotated[int, Field(ge=32)] = 480
+    """Short side of a photo whose feature map is searched for objects, pixels."""
+    expand: Positive = 100
+    """Patches at most that a seed is expanded to (LOST)."""
+    boxes: Positive = 5
+    """Boxes per photo at most."""
+
+
+class Attention(Section):
+    """Maps of what a model looks at, for some of the run's photos."""
+
+    photos: Positive = 8
+    """Photos, drawn by `seed`."""
+    ids: list[str] = []
+    """image_id of the photos, instead."""
+    side: Annotated[int, Field(ge=32)] = 480
+    """Short side of a photo, pixels."""
+
+
+Labelled = Literal["voc07_svm", "voc07_lowshot", "linear", "semi", "knn", "detection", "segmentation"]
+Task = Literal["all", Labelled, "localization", "attention"]
 
 
 class Downstream(Section):
@@ -455,6 +546,10 @@ class Downstream(Section):
     linear: Linear = Linear()
     semi: Semi = Semi()
     knn: Knn = Knn()
+    detection: Detection = Detection()
+    segmentation: Segmentation = Segmentation()
+    localization: Localization = Localization()
+    attention: Attention = Attention()
 
     @model_validator(mode="after")
     def _lists_of_shares(self) -> "Downstream":
@@ -497,6 +592,8 @@ class Compute(Section):
     """Compile the training step (torch.compile; it needs a C++ compiler)."""
     deterministic: bool = False
     """Only deterministic operations on a GPU, so that resuming is bit-equal there, too; slower."""
+    faster_coco_eval: bool = False
+    """Detections are evaluated by faster-coco-eval, where it is installed, instead of pycocotools."""
 
 
 Measured = Literal["random", "stage1", "pairs", "orl"]
@@ -517,6 +614,8 @@ class Config(Section):
     """Arithmetic of training, `linear` and `semi` included; auto: bfloat16 on a GPU, float32 on the CPU."""
     supervised: str | None = None
     """File of weights that were trained with labels, to be evaluated beside the others, as model `supervised`."""
+    export: Annotated[list[Literal["torchvision", "timm", "detectron2", "mmdet"]], AfterValidator(_different)] = []
+    """Formats in which the trained backbones are written as well, for other frameworks."""
     data: Data = Data()
     stage1: Stage1 = Stage1()
     embeddings: Embeddings = Embeddings()
@@ -533,6 +632,7 @@ class Config(Section):
 
 LABELS = ("layout", "root", "train", "test", "stages")
 SEMI_RUN = ("shares", "weight_decay", "epochs", "milestones", "batch", "momentum", "resize", "size")
+MASKS = tuple(f"downstream.detection.{key}" for key in ("root", "train", "test"))
 FEATURES = ("downstream.voc07_svm.resize", "downstream.voc07_svm.size")
 
 # What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
@@ -559,7 +659,13 @@ USES: dict[str, tuple[str, ...]] = {
     "semi": ("seed", "precision", "data.exif", "downstream.semi"),
     # One training of it: others of the grid, and more runs, change nothing.
     "semi_run": ("seed", "precision", "data.exif", *(f"downstream.semi.{key}" for key in SEMI_RUN)),
+    "detection": ("seed", "precision", "data.exif", "downstream.detection"),
+    "segmentation": ("seed", "precision", "data.exif", "downstream.segmentation", *MASKS),
+    "localization": ("data.exif", "downstream.localization"),
+    "attention": ("seed", "data.exif", "downstream.attention"),
+    "export": (),
     "proposals_recall": ("proposals.min_size",),
+    "pair_boxes": ("seed", "downstream.localization.boxes"),
     "pair_precision": ("seed",),
     "report": ("data.exif",),
 }

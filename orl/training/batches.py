@@ -59,6 +59,7 @@ class Samples(Dataset):
     """Samples by key, cut from photos; a subclass has __len__ (photos), __getitem__, and these two."""
 
     at: Array | None = None  # where each worker notes the row that it is at
+    collate: Any = None  # makes a batch of samples; None: each of their parts stacked
 
     def file(self, row: int) -> str:
         """Path of a row's photo."""
@@ -97,6 +98,7 @@ class Loader:
             samples,
             batch_sampler=batches,
             num_workers=workers,
+            collate_fn=samples.collate,
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=PREFETCH if workers else None,

@@ -270,8 +270,9 @@ class Run:
                 if self.size > 1:
                     dist.all_reduce(asked, dist.ReduceOp.MAX)  # all processes save and stop at the same step
                 epoch_ends = self.step % self.steps_per_epoch == 0
-                save = epoch_ends or bool(asked.any())
-                log = self.step % log_every == 0 or self.step == self.total_steps
+                ends = self.step == self.total_steps
+                save = epoch_ends or ends or bool(asked.any())
+                log = self.step % log_every == 0 or ends
                 if save or log:
                     self.check_finite(state)
                 if log:
