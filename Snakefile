@@ -22,3 +22,4 @@ rule all:
         scores(),
         measured("proposals_recall"),
         measured("pair_precision"),
+        exports(),

@@ -15,8 +15,8 @@ from orl import InputError, NoRoomError, __version__, gpus
 from orl.config import Config, load, used
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
-rois -> correspond -> pretrain --stage stage3 -> evaluate -> report. `snakemake --cores all` runs it all.
-`evaluate` has several tasks; most start from a model's `features`.
+rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
+`evaluate` has several tasks, some of which start from a model's `features`; `export` writes a backbone for others.
 Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
@@ -193,6 +193,71 @@ def _semi(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.semi import collect
 
     collect(args.runs, args.name, args.output)
+
+
+def _detection(args: argparse.Namespace, config: Config) -> None:
+    from orl.data import instances
+
+    section = config.downstream.detection
+    train, test = _masks(args, config)
+    instances.check_same_classes(train, test)
+    gpus.start(args.gpus, section.batch, 1, args.threads, args.argv, 1)
+    from orl.downstream import detection
+
+    files = (args.backbone, train, test, args.name, args.output, args.predictions)
+    limits = args.threads, args.checkpoint_minutes, args.log_every
+    detection.evaluate(config, *files, *limits, faster=bool(args.faster_coco_eval))
+
+
+def _segmentation(args: argparse.Namespace, config: Config) -> None:
+    train, test = _masks(args, config)
+    gpus.start(args.gpus, min(config.downstream.segmentation.batch, len(train)), 1, args.threads, args.argv)
+    from orl.downstream import segmentation
+
+    limits = args.threads, args.checkpoint_minutes, args.log_every
+    segmentation.evaluate(config, args.backbone, train, test, args.name, args.output, *limits)
+
+
+def _masks(args: argparse.Namespace, config: Config) -> tuple[Any, Any]:
+    """The splits of downstream.detection."""
+    from orl.data.instances import read
+
+    section = config.downstream.detection
+    root = section.root if args.root is None else args.root
+    if root is None:
+        raise InputError("downstream.detection.root: is not set; name the folder of the photos with masks.")
+    return read(root, section.train), read(root, section.test)
+
+
+def _localization(args: argparse.Namespace, config: Config) -> None:
+    of_model = args.backbone is not None
+    if of_model == (args.correspondences is not None) or (args.proposals is None) != of_model:
+        raise InputError("localization needs either --backbone, or --proposals and --correspondences; name them.")
+    from orl.downstream import localization
+
+    if of_model:
+        if args.root is None:
+            raise InputError("localization with --backbone needs --root, the folder of the photos; name it.")
+        gpus.take_one(args.gpus)
+        files = (args.root, args.manifest, args.backbone, args.annotations, args.name, args.output)
+        localization.evaluate_model(config, *files, args.threads)
+    else:
+        files = (args.manifest, args.proposals, args.correspondences, args.annotations, args.output)
+        localization.evaluate_pairs(config, args.name, *files)
+
+
+def _attention(args: argparse.Namespace, config: Config) -> None:
+    from orl.downstream.attention import draw
+
+    gpus.take_one(args.gpus)
+    stage2 = {"proposals": args.proposals, "correspondences": args.correspondences}
+    draw(config, args.root, args.manifest, dict(args.backbones), args.output, **stage2, roi=args.roi)
+
+
+def _export(args: argparse.Namespace, config: Config) -> None:
+    from orl.networks.export import export
+
+    export(args.backbone, args.format, args.output)
 
 
 def _fetch(args: argparse.Namespace, config: Config) -> None:
@@ -477,6 +542,39 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--annotations", **has_objects)
     sub.add_argument("--name", default="pairs", help="what the result calls them (default: %(default)s)")
+    masks = ["downstream.detection"]
+    text = "train Mask R-CNN from a backbone, going on where it was interrupted, and test it by COCO's AP"
+    sub = evaluates("detection", _detection, text, BACKBONE, settings=[*masks, "seed", "precision", "data.exif"])
+    sub.add_argument("--predictions", required=True, metavar="FILE", help="COCO results JSON to write: what was found")
+    help_text = "1: evaluate by faster-coco-eval, which must be installed (default 0: by pycocotools)"
+    sub.add_argument("--faster-coco-eval", type=int, choices=(0, 1), default=0, metavar="0|1", help=help_text)
+    trains(sub)
+    text = "name each pixel's class by a linear layer on a frozen backbone, going on where it was interrupted"
+    read = ["downstream.segmentation", *masks, "seed", "precision", "data.exif"]
+    trains(evaluates("segmentation", _segmentation, text, BACKBONE, settings=read))
+    text = "find objects without labels, from a backbone's feature maps or by how stage 2 pairs proposals"
+    read = ["downstream.localization", "data.exif", "seed"]
+    sub = command(
+        "localization", _localization, text, MANIFEST, NAME, output="JSON to write", settings=read, under=tasks
+    )
+    sub.add_argument("--annotations", **{**has_objects, "help": f"{has_objects['help']}, or folders of VOC XML files"})
+    sub.add_argument("--root", metavar="FOLDER", help=ROOT[2])
+    sub.add_argument("--backbone", metavar="FILE", help=BACKBONE[2])
+    sub.add_argument("--proposals", metavar="FILE", help=PROPOSALS[2])
+    sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5")
+    uses_gpu(sub, "1")
+    text = "draw what models look at: the energy of their last feature map, and its similarity to a RoI"
+    read = ["downstream.attention", "data.exif", "seed"]
+    sub = command("attention", _attention, text, ROOT, MANIFEST, output="folder to make, of PNG files", settings=read)
+    backbones_help = "backbones to compare, in this order"
+    sub.add_argument("--backbones", nargs="+", type=_named, required=True, metavar="NAME=FILE", help=backbones_help)
+    sub.add_argument("--proposals", metavar="FILE", help=f"{PROPOSALS[2]}, of which the RoI is one")
+    sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5: the RoI is the box in most pairs")
+    sub.add_argument("--roi", type=_box, metavar="X,Y,W,H", help="the RoI, pixels of the one photo that is chosen")
+    uses_gpu(sub, "1")
+    text = "write a backbone as another framework reads it, and say how"
+    sub = command("export", _export, text, BACKBONE, output="file to write: .safetensors (timm) or .pth (the others)")
+    sub.add_argument("--format", required=True, choices=["torchvision", "timm", "detectron2", "mmdet"])
     sub = command(
         "report",
         _report,
@@ -501,6 +599,20 @@ def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, file
+
+
+def _box(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y,W,H, four whole numbers")
+    return tuple(map(int, numbers))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -662,7 +662,7 @@ USES: dict[str, tuple[str, ...]] = {
     "detection": ("seed", "precision", "data.exif", "downstream.detection"),
     "segmentation": ("seed", "precision", "data.exif", "downstream.segmentation", *MASKS),
     "localization": ("data.exif", "downstream.localization"),
-    "attention": ("seed", "data.exif", "downstream.attention"),
+    "attention": ("seed", "measure", "data.exif", "downstream.attention"),
     "export": (),
     "proposals_recall": ("proposals.min_size",),
     "pair_boxes": ("seed", "downstream.localization.boxes"),

@@ -55,6 +55,8 @@ UPSTREAM = {
     "stage3": ("correspondences",),
     "proposals_recall": ("proposals",),
     "pair_precision": ("correspondences",),
+    "pair_boxes": ("correspondences",),
+    "attention": ("random", "supervised", "stage3"),
 }
 PATHS = {
     "manifest": "manifest.csv",
@@ -69,6 +71,8 @@ PATHS = {
     "stage3": "models/orl{v}",
     "proposals_recall": "downstream/proposals{v}.json",
     "pair_precision": "downstream/pairs{v}.json",
+    "pair_boxes": "downstream/localization{v}.json",
+    "attention": "attention{v}",
 }
 # name -> stage
 MODELS = {
@@ -87,6 +91,9 @@ for model in MODELS.values():
         "features": (model, "features.h5"),
         "voc07_svm": (f"features {model}", "voc07_svm.json"),
         "voc07_lowshot": (f"features {model}", "voc07_lowshot.json"),
+        "detection": (model, "detection.json"),
+        "segmentation": (model, "segmentation.json"),
+        "localization": (model, "localization.json"),
     }
     for name in SETS:
         results |= {
@@ -102,6 +109,7 @@ for model in MODELS.values():
         )
     for name in SETS:
         UPSTREAM[f"semi.{name} {model}"] += (f"subset.{name}",)
+    UPSTREAM[f"localization {model}"] += ("manifest",)
 
 # Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
 BIN = shlex.quote(str(Path(sys.executable).parent))
@@ -273,6 +281,23 @@ def label_files(v):
     return sorted(map(str, lists))
 
 
+def mask_root(v=""):
+    """Folder of the photos with masks of detection and segmentation, or None where it is not configured."""
+    root = RUNS[v].downstream.detection.root
+    return ROOT if root is None and SCENES else root
+
+
+def mask_files(wildcards):
+    """The annotations of detection and segmentation."""
+    section = RUNS[wildcards.v].downstream.detection
+    if section.root is None:  # the generated scenes: their folder is the input
+        return []
+    return [
+        f"{section.root}/annotations/instances_{split}.json"
+        for split in (section.train, section.test)
+    ]
+
+
 def set_root(name, v=""):
     """Folder of a labelled set, or None where it is not configured."""
     if name not in RUNS[v].downstream.sets:  # another variant's
@@ -320,10 +345,14 @@ def tasks_of(v):
         if set_root(name, v)
         for task in one.tasks
     ]
-    wanted = downstream.tasks
-    return [
-        task for task in tasks if "all" in wanted or task.partition(".")[0] in wanted
-    ]
+    tasks += ["detection", "segmentation"] if mask_root(v) else []
+    tasks += ["localization"] if objects() else []
+    return [task for task in tasks if wants(task.partition(".")[0], v)]
+
+
+def wants(task, v=""):
+    """Whether a task is to be done where its data are given."""
+    return bool({"all", task} & set(RUNS[v].downstream.tasks))
 
 
 def scores():
@@ -365,10 +394,11 @@ def semi_runs(wildcards):
 
 
 def objects():
-    """The COCO files with boxes of the photos' objects: the scenes' own, or those of data.annotations that hold any."""
+    """What holds the boxes of the photos' objects: the scenes' own file, or data.objects and those of data.annotations."""
     if SCENES:
         return [f"{ROOT}/annotations/instances_train2017.json"]
-    return [file for file in annotations() if holds_boxes(file)]
+    given = [str(Path(ROOT, part)) for part in RUN.data.objects]
+    return given + [file for file in annotations() if holds_boxes(file)]
 
 
 @cache
@@ -381,10 +411,54 @@ def holds_boxes(file):
         return False
 
 
-def measured(stage):
+def measured(stage, task=None):
     """Results about stage 2's boxes or pairs, of every run that wants them, where there are objects to compare with."""
     return unique(
-        found(stage, v) for v in RUNS if "pairs" in RUNS[v].measure and objects()
+        found(stage, v)
+        for v in RUNS
+        if "pairs" in RUNS[v].measure and objects() and (task is None or wants(task, v))
+    )
+
+
+def seen():
+    """The attention maps of the run itself, where they are wanted."""
+    return [found("attention")] if wants("attention") and models_of("") else []
+
+
+def stage2(v, *stages):
+    """The files of stage 2 by name, where run `v` makes them."""
+    made = {"pairs", "orl"} & set(RUNS[v].measure)
+    return {stage: found(stage, v) for stage in stages} if made else {}
+
+
+def looked_at(wildcards):
+    """The inputs of the attention maps of a run, by name."""
+    v = wildcards.v
+    return {
+        "manifest": found("manifest", v),
+        "backbones": [
+            f"{found(MODELS[model], v)}/backbone.safetensors" for model in models_of(v)
+        ],
+        **stage2(v, "proposals", "correspondences"),
+    }
+
+
+EXTENSIONS = {
+    "torchvision": "pth",
+    "timm": "safetensors",
+    "detectron2": "pth",
+    "mmdet": "pth",
+}
+
+
+def exports():
+    """The trained backbones in the formats of other frameworks."""
+    return unique(
+        f"{found(MODELS[model], v)}/{form}.{EXTENSIONS[form]}"
+        for v in RUNS
+        for form in RUNS[v].export
+        for model in ("stage1", "orl")
+        if model in RUNS[v].measure
     )
 
 
@@ -398,6 +472,7 @@ for name in RUNS:
         stop(f"config: supervised: {supervised!r} is no file; name a file of weights.")
     roots = {
         "voc07_svm.root": RUNS[name].downstream.voc07_svm.root,
+        "detection.root": RUNS[name].downstream.detection.root,
         "voc07_lowshot.lists": RUNS[name].downstream.voc07_lowshot.lists,
     }
     for one, labelled in RUNS[name].downstream.sets.items():
@@ -417,6 +492,11 @@ for name in RUNS:
             stop(
                 f"config: downstream.{key}: {root!r} is no folder; correct it or fetch what belongs there."
             )
+for part in RUN.data.objects:
+    if not SCENES and not FETCHES and not Path(ROOT, part).exists():
+        stop(
+            f"config: data.objects: {str(Path(ROOT, part))!r} is not there; correct it."
+        )
 if "fetch_coco" in FETCHES and RUN.data.layout != "coco":
     stop(
         "config: data.layout must be coco, and data.root a folder, to fetch COCO into."
@@ -439,6 +519,16 @@ if not SETS and WANTED & {"all", "linear", "semi", "knn"}:
         "orl: linear, semi and knn are left out: downstream.sets is not given",
         file=sys.stderr,
     )
+if not any(map(mask_root, RUNS)) and WANTED & {"all", "detection", "segmentation"}:
+    print(
+        "orl: detection and segmentation are left out: downstream.detection.root is not given",
+        file=sys.stderr,
+    )
+if not objects() and WANTED & {"all", "localization"}:
+    print(
+        "orl: localization is left out: neither data.objects nor data.annotations has the boxes of the photos' objects",
+        file=sys.stderr,
+    )
 for name in SETS:
     if not any(set_root(name, v) for v in RUNS):
         print(
@@ -457,6 +547,8 @@ wildcard_constraints:
     number=r"\d+",
     shard=r"\d{4}-of-\d{4}",
     merged="embeddings|proposals|correspondences",
+    trained="stage1|orl",
+    format="torchvision|timm|detectron2|mmdet",
 
 
 onstart:

@@ -233,6 +233,156 @@ rule semi:
         "orl evaluate semi --runs {input:q} --name {wildcards.model}{wildcards.v} --output {output:q} 2>&1 | tee {log:q}"
 
 
+# Objects: photos with masks, or the run's own photos with boxes.
+rule detection:
+    input:
+        backbone=evaluated,
+        scenes=ROOT if SCENES else [],
+        annotations=mask_files,
+    output:
+        result=f"{RESULTS}/downstream/{{model}}{{v}}/detection.json",
+        predictions=f"{RESULTS}/downstream/{{model}}{{v}}/detection.predictions.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/detection.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/detection.tsv"
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    resources:
+        **LIMITS,
+        gpu=COMPUTE.gpus,
+        faster_coco_eval=int(COMPUTE.faster_coco_eval),
+    params:
+        settings=decides("detection"),
+        version=settings.RESULT_VERSION["detection"],
+        root=lambda wildcards: mask_root(wildcards.v),
+    shell:
+        "orl evaluate detection --settings {params.settings:q} --backbone {input.backbone:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output.result:q} "
+        "--predictions {output.predictions:q} --faster-coco-eval {resources.faster_coco_eval} "
+        "--threads {threads} --gpus {resources.gpu} --checkpoint-minutes {resources.checkpoint_minutes} "
+        "--log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule segmentation:
+    input:
+        backbone=evaluated,
+        scenes=ROOT if SCENES else [],
+        annotations=mask_files,
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/segmentation.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/segmentation.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/segmentation.tsv"
+    threads: COMPUTE.threads * max(1, COMPUTE.gpus)
+    resources:
+        **LIMITS,
+        gpu=COMPUTE.gpus,
+    params:
+        settings=decides("segmentation"),
+        version=settings.RESULT_VERSION["segmentation"],
+        root=lambda wildcards: mask_root(wildcards.v),
+    shell:
+        "orl evaluate segmentation --settings {params.settings:q} --backbone {input.backbone:q} "
+        "--name {wildcards.model}{wildcards.v} --root {params.root:q} --output {output:q} "
+        "--threads {threads} --gpus {resources.gpu} --checkpoint-minutes {resources.checkpoint_minutes} "
+        "--log-every {resources.log_every} 2>&1 | tee {log:q}"
+
+
+rule localization:
+    input:
+        manifest=of("manifest"),
+        backbone=evaluated,
+        annotations=ROOT if SCENES else objects(),
+    output:
+        f"{RESULTS}/downstream/{{model}}{{v}}/localization.json",
+    log:
+        f"{RESULTS}/logs/downstream/{{model}}{{v}}/localization.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/localization.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("localization"),
+        version=settings.RESULT_VERSION["localization"],
+        root=lambda _: ROOT,
+        annotations=lambda _: objects(),
+    shell:
+        "orl evaluate localization --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "--backbone {input.backbone:q} --annotations {params.annotations:q} --name {wildcards.model}{wildcards.v} "
+        "--output {output:q} --threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+rule pair_boxes:
+    input:
+        manifest=of("manifest"),
+        proposals=of("proposals"),
+        correspondences=of("correspondences"),
+        annotations=ROOT if SCENES else objects(),
+    output:
+        f"{RESULTS}/downstream/localization{{v}}.json",
+    log:
+        f"{RESULTS}/logs/pair_boxes{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pair_boxes{{v}}.tsv"
+    params:
+        settings=decides("pair_boxes"),
+        version=settings.RESULT_VERSION["pair_boxes"],
+        annotations=lambda _: objects(),
+    shell:
+        "orl evaluate localization --settings {params.settings:q} --manifest {input.manifest:q} "
+        "--proposals {input.proposals:q} --correspondences {input.correspondences:q} "
+        "--annotations {params.annotations:q} --name pairs{wildcards.v} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule attention:
+    input:
+        unpack(looked_at),
+        scenes=ROOT if SCENES else [],
+    output:
+        directory(f"{RESULTS}/attention{{v}}"),
+    log:
+        f"{RESULTS}/logs/attention{{v}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/attention{{v}}.tsv"
+    threads: COMPUTE.threads
+    resources:
+        gpu=min(1, COMPUTE.gpus),
+    params:
+        settings=decides("attention"),
+        version=settings.RESULT_VERSION["attention"],
+        root=lambda _: ROOT,
+        backbones=lambda wildcards, input: [
+            f"{model}={file}"
+            for model, file in zip(models_of(wildcards.v), input.backbones)
+        ],
+        stage2=lambda wildcards: [
+            part
+            for name, file in stage2(
+                wildcards.v, "proposals", "correspondences"
+            ).items()
+            for part in (f"--{name}", file)
+        ],
+    shell:
+        "orl attention --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "--backbones {params.backbones:q} {params.stage2:q} --output {output:q} "
+        "--threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+rule export:
+    input:
+        f"{RESULTS}/models/{{trained}}{{v}}/backbone.safetensors",
+    output:
+        f"{RESULTS}/models/{{trained}}{{v}}/{{format}}.{{extension}}",
+    log:
+        f"{RESULTS}/logs/export/{{trained}}{{v}}-{{format}}-{{extension}}.log",
+    params:
+        version=settings.RESULT_VERSION["export"],
+    shell:
+        "orl export --format {wildcards.format} --backbone {input:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
 rule proposals_recall:
     input:
         manifest=of("manifest"),

@@ -1,9 +1,5 @@
 # The run's own files of stage 2, which the page shows where the run makes them.
-STAGE2 = {
-    name: found(name)
-    for name in ("neighbors", "proposals", "correspondences")
-    if {"pairs", "orl"} & set(RUN.measure)
-}
+STAGE2 = stage2("", "neighbors", "proposals", "correspondences")
 
 
 rule report:
@@ -12,7 +8,8 @@ rule report:
         manifest=found("manifest"),
         rejected=f"{RESULTS}/rejected.csv",
         metrics=trained("metrics.csv"),
-        scores=scores(),
+        scores=scores() + measured("pair_boxes", "localization"),
+        attention=seen(),
         recalls=measured("proposals_recall"),
         pairs=measured("pair_precision"),
     output:
@@ -30,6 +27,6 @@ rule report:
     shell:
         "orl report --settings {params.settings:q} --run-name {params.name:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --rejected {input.rejected:q} --metrics {input.metrics:q} "
-        "--scores {input.scores:q} --recalls {input.recalls:q} --pairs {input.pairs:q} "
+        "--scores {input.scores:q} --attention {input.attention:q} --recalls {input.recalls:q} --pairs {input.pairs:q} "
         "{params.stage2:q} --output {output:q} "
         "2>&1 | tee {log:q}"
