@@ -391,11 +391,11 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
 
 
 def test_every_task_on_every_model(copy):
-    """All tasks, of random weights and of given supervised ones; each result again only after what it depends on."""
+    """With labels of photos, of random weights and of given ones; each result again only after what it depends on."""
     small = {"resize": 36, "size": 32}
     trained = {**small, "epochs": 1, "milestones": [], "batch": 4}
     downstream = {
-        "tasks": ["all"],
+        "tasks": ["voc07_svm", "voc07_lowshot", "linear", "semi", "knn"],
         "voc07_lowshot": {"shots": [1, 2], "samples": 2, "costs": [0.01, 1]},
         "linear": {**trained, "stages": [4, 5]},
         "semi": {**trained, "shares": [0.5], "weight_decay": [0.0], "lr": [0.01], "head": [1, 10], "runs": 2},
@@ -446,6 +446,64 @@ def test_every_task_on_every_model(copy):
     assert after(semi=larger) == {"semi_grid": 2, "semi_run": 2, "semi": 2, "report": 1}
     assert after(voc07_svm={**TINY["downstream"]["voc07_svm"], "costs": [1]}) == {"voc07_svm": 2, "report": 1}
     assert plan(copy, changed(**{**settings, "supervised": None})) == {"report": 1}
+
+
+def test_every_task_about_objects(copy):
+    """With masks or boxes, of random and trained weights; attention maps, and weights for other frameworks."""
+    downstream = {
+        "tasks": ["detection", "segmentation", "localization", "attention"],
+        "detection": {"iterations": 1, "milestones": [], "warmup": 0, "batch": 4, "short_sides": [64], "test_side": 64,
+                      "channels": 16, "rois": 16, "precise_bn": 1},
+        "segmentation": {"resize": 72, "size": 64, "epochs": 1, "milestones": [], "batch": 8},
+        "localization": {"side": 64, "boxes": 2},
+        "attention": {"side": 96, "photos": 2},
+    }  # fmt: skip
+    measure = ["random", "pairs", "orl"]
+    settings = changed(measure=measure, downstream=downstream, export=["timm", "detectron2"], compute={"threads": 1})
+    done = snakemake(copy, settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = copy / "results" / "tiny"
+    page = (results / "report" / "index.html").read_text()
+    for model in ("random", "orl"):
+        for task in ("detection", "segmentation", "localization"):
+            result = artifacts.read_results(results / "downstream" / model / f"{task}.json")
+            assert (result["task"], result["model"]) == (task, model)
+            assert result["settings"]["version"]
+        found = json.loads((results / "downstream" / model / "detection.predictions.json").read_text())
+        assert all({"image_id", "category_id", "bbox", "score", "segmentation"} <= set(one) for one in found)
+    assert artifacts.read_results(results / "downstream" / "localization.json")["model"] == "pairs"
+    seen = json.loads((results / "attention" / "attention.json").read_text())
+    assert (seen["models"], len(seen["photos"])) == (["random", "orl"], 2)
+    assert all((results / "attention" / photo["file"]).exists() for photo in seen["photos"])
+    assert {path.name for path in (results / "models" / "orl").iterdir()} >= {"timm.safetensors", "detectron2.pth"}
+    for title in ("Box AP", "Mask AP", "Segmentation", "Object discovery", "Attention maps"):
+        assert title in page
+    assert not list(results.rglob("*.state"))
+
+    def after(**change):
+        return plan(copy, changed(**{**settings, "downstream": {**downstream, **change}}))
+
+    assert after() == {}
+    assert after(detection={**downstream["detection"], "lr": 0.01}) == {"detection": 2, "report": 1}
+    assert after(detection={**downstream["detection"], "test": "train2017"}) == {
+        "detection": 2, "segmentation": 2, "report": 1}  # fmt: skip
+    assert after(localization={"side": 64, "boxes": 3}) == {"localization": 2, "pair_boxes": 1, "report": 1}
+    assert after(localization={"side": 96, "boxes": 2}) == {"localization": 2, "report": 1}
+    assert after(attention={"side": 96, "photos": 3}) == {"attention": 1, "report": 1}
+    faster = changed(**{**settings, "compute": {"threads": 1, "faster_coco_eval": True}})
+    assert plan(copy, faster) == {}
+
+
+def test_objects_of_photos_in_a_folder(tmp_path):
+    """data.objects names what holds them: a folder of VOC XML files, or a COCO JSON."""
+    photos = tmp_path / "JPEGImages"
+    photos.mkdir()
+    (tmp_path / "Annotations").mkdir()
+    data = {"layout": "folder", "root": str(photos)}
+    tasks = {"tasks": ["localization"]}
+    assert "localization" not in plan(tmp_path, changed(data=data, downstream=tasks))
+    found = plan(tmp_path, changed(data={**data, "objects": ["../Annotations"]}, downstream=tasks))
+    assert {"localization": 3, "pair_boxes": 1, "pair_precision": 1, "proposals_recall": 1}.items() <= found.items()
 
 
 def test_data_are_fetched_on_request(tmp_path):
@@ -527,6 +585,8 @@ def test_given_weights_are_the_same_for_every_seed(tmp_path):
         ({"downstream": {"voc07_lowshot": {"lists": "nowhere"}}}, "voc07_lowshot.lists: 'nowhere' is no folder"),
         ({"downstream": {"sets": {"a": {"root": "nowhere"}}}}, "downstream.sets.a.root: 'nowhere' is no folder"),
         ({"downstream": {"sets": {"a": {"root": ".", "val": "test"}}}}, "downstream.sets.a: 'train' is not there"),
+        ({"downstream": {"detection": {"root": "nowhere"}}}, "downstream.detection.root: 'nowhere' is no folder"),
+        ({"data": {"layout": "folder", "root": ".", "objects": ["a.json"]}}, "data.objects: 'a.json' is not there"),
         ({"supervised": "nowhere.pth"}, "supervised: 'nowhere.pth' is no file"),
         ({"stage1": {"weights": "nowhere.pth"}}, "stage1.weights: 'nowhere.pth' is no file"),
         ({"variants": {"a": {"stage1": {"weights": "nowhere.pth"}}}}, "stage1.weights: 'nowhere.pth' is no file"),
