@@ -121,6 +121,14 @@ def test_detection(tmp_path: Path) -> None:
     ]
 
 
+def test_the_best_of_a_category_that_a_model_lacks(tmp_path: Path) -> None:
+    found = [detection(model, ap) for model, ap in (("random", 4.0), ("stage1", 9.0), ("orl", 12.0))]
+    found[0]["metrics"]["categories"][0]["box_AP"] = None
+    (task,) = read(tmp_path, *found)
+    assert rows(task, "Box AP of each category")[1] == ["cat", "–", "9.00", "12.00"]
+    assert ("cat", "orl") in best(task, "Box AP of each category")
+
+
 def test_detection_over_seeds(tmp_path: Path) -> None:
     values = [12.0, 13.5, 12.9]
     found = [detection(f"orl.seed{seed}" if seed else "orl", value) for seed, value in enumerate(values)]
