@@ -291,6 +291,7 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         args.scores,
         args.recalls,
         args.pairs,
+        args.attention,
         _stage2(args),
         config.data.exif,
         args.output,
@@ -592,6 +593,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help="results of the tasks on models")
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
+    sub.add_argument("--attention", nargs="*", default=[], metavar="FOLDER", help="made by `orl attention`")
     return whole
 
 

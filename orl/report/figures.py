@@ -1,4 +1,4 @@
-"""Figures of the report as data URIs: charts drawn by matplotlib (SVG), photos reduced (JPEG).
+"""Figures of the report as data URIs: charts drawn by matplotlib (SVG), photos reduced (JPEG), PNGs as they are.
 
 Charts hold no text but numbers and fixed words: names stand in HTML legends, which wrap and escape them.
 """
@@ -103,6 +103,16 @@ def photo(image: Photo, side: int, alt: str) -> Picture:
     buffer = io.BytesIO()
     Image.fromarray(resize_crop(image, (0, 0, width, height), size)).save(buffer, "JPEG", quality=75)
     return Picture(_uri("image/jpeg", buffer.getvalue()), *size, alt)
+
+
+def png(data: bytes, alt: str) -> Picture:
+    """A PNG as it is. Raises ValueError if it is none, or is damaged."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's, of broken chunks
+        raise ValueError(f"damaged PNG: {error}") from None
+    return Picture(_uri("image/png", data), *image.size, alt)
 
 
 def pair(

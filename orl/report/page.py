@@ -1,9 +1,11 @@
 """The report: one self-contained HTML page that shows what a run did and how good its models are.
 
-Photos are shown reduced and in bounded numbers, so that the page of any run stays below 5 MB.
+Photos are shown reduced and in bounded numbers, so that the page of any run stays below 5 MB, attention maps aside:
+these are embedded as they are, of a few photos.
 """
 
 import csv
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ MATCHES = 3  # RoI pairs drawn on a photo pair
 SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, gallery
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
+MAPS = 8  # photos whose attention maps are shown, of each folder
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
 METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
 
@@ -75,6 +78,17 @@ class Pair:
     drawing: Drawing
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What a folder of attention maps shows: of several photos together, and of each."""
+
+    name: str
+    models: str  # left to right
+    sheet: Picture
+    maps: list[tuple[str, Picture]]  # path of the photo
+    photos: int  # in the folder
+
+
 def report(
     run_name: str,
     root: str,
@@ -84,13 +98,15 @@ def report(
     scores_paths: Sequence[str],
     recalls_paths: Sequence[str],
     pairs_paths: Sequence[str],
+    attention_paths: Sequence[str],
     stage2_paths: tuple[str, str, str] | None,
     exif: decode.Exif,
     output: str,
 ) -> None:
     """Write the page of a run.
 
-    `stage2_paths`: its neighbors, proposals and correspondences; None: the page shows none of them.
+    `attention_paths`: folders made by `orl attention`. `stage2_paths`: the run's neighbors, proposals and
+    correspondences; None: the page shows none of them.
     A model's curves go by the name of the folder that holds its metrics.csv. Same inputs, same bytes.
     Raises InputError, having written nothing, where a file is missing or does not belong to the others.
     """
@@ -112,6 +128,7 @@ def report(
         "rejected_count": len(rejected),
         "tasks": scores,
         "curves": _curves(metrics_paths),
+        "attention": [_attention(path) for path in attention_paths],
         "recalls": recalls,
         "recall_chart": _recall_chart(recalls),
         "precisions": precisions,
@@ -190,6 +207,24 @@ def _metrics(path: str) -> dict[str, np.ndarray]:
         return {name: np.array([float(row[name]) for row in rows]) for name in names}
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged or not such a file ({error}); train again.") from None
+
+
+def _attention(folder: str) -> Attention:
+    """What the page shows of a folder made by `orl attention`. Raises InputError."""
+
+    def png(name: str, of: str) -> Picture:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not in it")
+        return figures.png(Path(folder, name).read_bytes(), f"Attention maps of {of}")
+
+    try:
+        listed = json.loads(Path(folder, "attention.json").read_text(encoding="utf-8"))
+        models, photos = ", ".join(listed["models"]), listed["photos"]
+        maps = [(str(one["path"]), png(one["file"], str(one["path"]))) for one in photos[:MAPS]]
+        sheet = png("contact_sheet.png", f"{len(photos)} photos: {models}")
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: is no folder of `orl attention` ({error}); draw the maps again.") from None
+    return Attention(Path(folder).resolve().name, models, sheet, maps, len(photos))
 
 
 # Discovery

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,33 @@ TITLES = {
     "linear": "Linear classification",
     "semi": "Semi-supervised classification",
     "knn": "k-NN classification",
+    "detection": "Object detection",
+    "segmentation": "Segmentation by a linear layer",
+    "localization": "Object discovery",
 }
-PRINTED = {**TITLES, "semi": "Semi-supervised", "knn": "k-NN"}
+PRINTED = {**TITLES, "semi": "Semi-supervised", "knn": "k-NN", "detection": "Detection", "segmentation": "Segmentation"}
+APS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MIOUS = {"mIoU": "mIoU", "mIoU_objects": "mIoU without background", "pixel_accuracy": "pixel accuracy"}
+METHODS = {  # of finding boxes, in the order of the table
+    "pairing": "stage 2's pairing",
+    "lost": "LOST",
+    "random": "random proposal",
+    "largest": "largest proposal",
+    "first": "first proposal",
+    "whole": "whole photo",
+}
+DISCOVERY = (
+    "Boxes found without labels. CorLoc: the share of photos whose first box overlaps an annotated object by an IoU of "
+    "at least 0.5; detection rate: the share of objects that one of their photo's first n boxes overlaps as much."
+)
 SPREADS = {"voc07_lowshot": "samples of the training photos", "semi": "runs"}
 PROTOCOLS = {
     "release": "Protocol of the ORL release: the cost of each k is the best on the test photos.",
     "clean": "Clean protocol: costs are chosen by cross-validation within the samples, without the test photos.",
 }
 
-Series = dict[float, Mean]  # by stage, k, percent of labels or epoch: a score in percent, with its spread if known
+# By stage, k, percent of labels, epoch, place among a task's measures: a score in percent, with its spread if known.
+Series = dict[float, Mean]
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,8 @@ class Reading:
     """What a result says of its model."""
 
     scores: dict[str, Series]
-    parts: dict[tuple[str, str], dict[str, float]]  # title of a folded table and what its rows are -> row -> percent
+    # Title of a folded table and what its rows are -> row -> percent, nan where there is none.
+    parts: dict[tuple[str, str], dict[str, float]]
     chosen: dict[float, str]  # the best setting, by percent of labels
     notes: list[str]
     data: tuple[str, str]  # what it was measured on, and its fingerprint; empty where not told
@@ -155,11 +174,30 @@ def _read(task: str, result: dict) -> Reading:
             }
     elif task == "knn":
         scores["top-1"] = _series(metrics["top1"])
+    elif task == "detection":
+        for kind in ("box", "mask"):
+            scores[kind] = _places([metrics[kind][name] for name in APS])
+            parts[f"{kind.title()} AP of each category", "Category"] = {
+                str(one["name"]): _or_nan(one[f"{kind}_AP"]) for one in metrics["categories"]
+            }
+        scores["loss"] = _series({row["iteration"]: row["loss"] for row in metrics["rows"]})
+        notes.append(f"Trained for {metrics['iterations']:,} iterations of {metrics['batch']:,} photos.")
+    elif task == "segmentation":
+        scores["mIoU"] = _places([metrics[name] for name in MIOUS])
+        scores["loss"] = _series({one["epoch"]: one["loss"] for one in metrics["epochs"]})
+        parts["IoU of each class", "Class"] = {label: _or_nan(iou) for label, iou in metrics["IoU"].items()}
+        notes.append(f"Trained for {len(metrics['epochs']):,} epochs on the frozen last stage.")
+        notes.append(f"Naming all pixels background: mIoU {_number(metrics['background_only_mIoU']):.2f}.")
+    elif task == "localization":
+        for method, found in metrics["methods"].items():
+            rates = zip(metrics["boxes"], found["detection_rate"], strict=True)
+            scores[METHODS[method]] = _series({0: found["corloc"], **dict(rates)})  # by number of boxes; 0: CorLoc
+        notes.append(DISCOVERY)
     else:
         scores["mAP"] = _series({0: metrics["mAP"]})  # a single one
         scores["stages"] = _series({stage: one["mAP"] for stage, one in metrics.get("stages", {}).items()})
         parts["AP of each class", "Class"] = {label: _number(ap) for label, ap in metrics.get("AP", {}).items()}
-    if not (scores.get("mAP") or scores.get("top-1")):
+    if not any(scores.values()):
         raise ValueError("it has no scores")
     chance = metrics.get("chance_top1", metrics.get("chance_mAP"))
     if task == "voc07_lowshot":  # one for each k, as other classes are left out
@@ -188,6 +226,15 @@ def _series(values: Mapping[Any, Any]) -> Series:
     return {float(key): Mean(_number(value)) for key, value in values.items()}
 
 
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None else _number(value)
+
+
+def _places(values: Sequence[Any]) -> Series:
+    """Measures that go by their places; None: there is none."""
+    return {place: Mean(_number(value)) for place, value in enumerate(values) if value is not None}
+
+
 def _spread(value: Any, std: Any, samples: Sequence) -> Mean:
     """A score with its standard deviation, where that is of several."""
     return Mean(_number(value), _number(std) if len(samples) > 1 else math.nan)
@@ -204,7 +251,28 @@ def _data(task: str, data: Mapping) -> tuple[str, str]:
     elif task in ("linear", "semi", "knn"):
         text = "{train_photos:,} photos of {train} to train, {val_photos:,} of {val} to test, "
         text += "{classes:,} classes, in {root}."
-    return text.format(**data), str(data.get("fingerprint", ""))
+    elif task in ("detection", "segmentation"):
+        text = "{train_photos:,} photos of {train} to train, {test_photos:,} of {test} to test, "
+        text += "{categories:,} categories, in {root}."
+    elif task == "localization":
+        text = "{objects:,} objects on {photos:,} photos."
+    fingerprint = data.get("fingerprint", data.get("annotations_fingerprints", ""))
+    return text.format(**data) + _without(task, data), str(fingerprint)
+
+
+def _without(task: str, data: Mapping) -> str:
+    """The sentence on objects that count for nothing, where there are any; of a task whose objects are annotated."""
+    counts = data.get("left_out", {})
+    if task == "localization":
+        counts = {name: data.get(name, 0) for name in ("crowds", "without_area")}
+    splits = {name: some for name, some in counts.items() if isinstance(some, Mapping)} or {"": counts}
+    texts = [
+        f"{count:,} {name.replace('_', ' ')}" + (f" ({split})" if split else "")
+        for split, some in splits.items()
+        for name, count in some.items()
+        if count
+    ]
+    return f" Objects left out: {', '.join(texts)}." if texts else ""
 
 
 # Showing
@@ -215,6 +283,8 @@ Shown = tuple[list[Table], list[Chart], dict[str, str]]  # and what is printed o
 
 def _task(task: str, name: str, readings: dict[str, Reading]) -> Task:
     arms = {arm: [readings[model] for model in models] for arm, models in by_arm(sorted(readings, key=rank)).items()}
+    if task == "localization":
+        arms = _by_method(arms)
     tables, charts, said = SHOWN.get(task, _svm)(arms)
     title, printed = (names.get(task, task) for names in (TITLES, PRINTED))
     if name:
@@ -267,10 +337,7 @@ def _linear(arms: Arms) -> Shown:
         _table("Top-5 by stage", arms, _columns(fifth, "stage {:g}")),
     ]
     charts = _curves("Top-1 by stage", first, "top-1, percent", "stage")
-    epochs = {
-        arm: {key: Mean(one.value) for key, one in series.items()} for arm, series in _means(arms, "epochs").items()
-    }
-    charts += _curves("Top-1 of the last stage by epoch", epochs, "top-1, percent", "epoch")
+    charts += _curves("Top-1 of the last stage by epoch", _plain(_means(arms, "epochs")), "top-1, percent", "epoch")
     said = {}
     for arm, texts in _texts(first, arms, "stage {:g}").items():
         values = [first[arm][stage].value for stage in sorted(first[arm])]
@@ -297,11 +364,58 @@ def _knn(arms: Arms) -> Shown:
     return [_table("Top-1 by k", arms, _columns(means, "k = {:g}"))], [], said
 
 
+def _detection(arms: Arms) -> Shown:
+    means = {kind: _means(arms, kind) for kind in ("box", "mask")}
+    tables = [_table(f"{kind.title()} AP", arms, _named(series, APS)) for kind, series in means.items()]
+    said = {arm: "; ".join(f"{kind} {_listed(series[arm], APS[:2])}" for kind, series in means.items()) for arm in arms}
+    return tables, _losses(arms, "iteration"), said
+
+
+def _segmentation(arms: Arms) -> Shown:
+    means = _means(arms, "mIoU")
+    names = list(MIOUS.values())
+    said = {arm: _listed(series, names) for arm, series in means.items()}
+    return [_table("Scores", arms, _named(means, names))], _losses(arms, "epoch"), said
+
+
+def _by_method(arms: Arms) -> Arms:
+    """Readings of object discovery by what finds the boxes, in the order of METHODS: the pairing of each variant, LOST
+    of each model, the other proposals of each variant, but once of variants that agree."""
+    rows: Arms = {}
+    for method, name in METHODS.items():
+        same: dict[tuple, list[str]] = {}
+        found = {}
+        for arm, repeats in arms.items():
+            found[arm] = [replace(one, scores={"found": one.scores[name]}) for one in repeats if name in one.scores]
+            if found[arm]:
+                means = _means({arm: found[arm]}, "found")[arm].items()
+                key = (arm,) if method in ("pairing", "lost") else tuple((n, round(one.value, 6)) for n, one in means)
+                same.setdefault(key, []).append(arm)
+        for models in same.values():
+            whose = f": {', '.join(models)}" if method == "lost" or len(same) > 1 else ""
+            rows[name + whose] = found[models[0]]
+    return rows
+
+
+def _localization(arms: Arms) -> Shown:
+    means = _means(arms, "found")
+    rates = {row: {n: rate for n, rate in series.items() if n} for row, series in means.items()}
+    columns = {**_named(means, ["CorLoc"], 1), **_columns(rates, "detection rate, n = {:g}")}
+    said = {
+        row: f"{_listed(means[row], ['CorLoc'], 1)}, detection rate {', '.join(texts)}"
+        for row, texts in _texts(rates, arms, "n = {:g}").items()
+    }
+    return [_table("Boxes", arms, columns, "Boxes")], [], said
+
+
 SHOWN: dict[str, Callable[[Arms], Shown]] = {
     "voc07_lowshot": _lowshot,
     "linear": _linear,
     "semi": _semi,
     "knn": _knn,
+    "detection": _detection,
+    "segmentation": _segmentation,
+    "localization": _localization,
 }
 
 
@@ -317,6 +431,11 @@ def _means(arms: Arms, score: str) -> dict[str, Series]:
             else given[0]
         )
     return means
+
+
+def _plain(means: dict[str, Series]) -> dict[str, Series]:
+    """Without spreads, which would hide a line of many points."""
+    return {arm: {key: Mean(one.value) for key, one in series.items()} for arm, series in means.items()}
 
 
 def _texts(means: dict[str, Series], arms: Arms, column: str) -> dict[str, list[str]]:
@@ -336,6 +455,17 @@ def _columns(means: dict[str, Series], head: str, digits: int = 1) -> dict[str, 
     return {head.format(key): _cells([series.get(key) for series in means.values()], digits) for key in keys}
 
 
+def _named(means: dict[str, Series], names: Sequence[str], digits: int = 2) -> dict[str, list[Cell]]:
+    """A column for each of the measures that go by their places."""
+    return {name: _cells([series.get(place) for series in means.values()], digits) for place, name in enumerate(names)}
+
+
+def _listed(series: Series, names: Sequence[str], digits: int = 2) -> str:
+    """The first measures of those that go by their places, to print."""
+    values = [series.get(place, Mean(math.nan)).text(digits) for place in range(len(names))]
+    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+
+
 def _cells(means: Sequence[Mean | None], digits: int) -> list[Cell]:
     """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
     given = [round(one.value, digits) for one in means if one is not None]
@@ -343,12 +473,12 @@ def _cells(means: Sequence[Mean | None], digits: int) -> list[Cell]:
     return [Cell("–") if one is None else Cell(one.text(digits), round(one.value, digits) == best) for one in means]
 
 
-def _table(title: str, arms: Arms, columns: Mapping[str, list[Cell]]) -> Table:
-    """A row for each model."""
+def _table(title: str, arms: Arms, columns: Mapping[str, list[Cell]], head: str = "Model") -> Table:
+    """A row for each model, or what else the arms are."""
     if any(len(repeats) > 1 for repeats in arms.values()):
         columns = {"seeds": [Cell(str(len(repeats))) for repeats in arms.values()], **columns}
     rows = [(arm, [cells[row] for cells in columns.values()]) for row, arm in enumerate(arms)]
-    return Table(title, ["Model", *columns], rows)
+    return Table(title, [head, *columns], rows)
 
 
 def _parts(arms: Arms) -> list[Table]:
@@ -361,8 +491,8 @@ def _parts(arms: Arms) -> list[Table]:
     for key, names in found.items():
         rows = []
         for name in names:
-            given = [[one.parts.get(key, {}).get(name) for one in repeats] for repeats in arms.values()]
-            values = [[value for value in arm if value is not None] for arm in given]
+            given = [[one.parts.get(key, {}).get(name, math.nan) for one in repeats] for repeats in arms.values()]
+            values = [[value for value in arm if not math.isnan(value)] for arm in given]
             rows.append((name, _cells([Mean(mean(some).value) if some else None for some in values], 2)))
         if rows:
             tables.append(Table(key[0], [key[1], *arms], rows))
@@ -384,11 +514,16 @@ def _curves(title: str, means: dict[str, Series], ylabel: str, xlabel: str, tick
             lines.append(Line(arm, x, y, error))
     drawn = lines[:CURVES]
     ends = "; ".join(f"{line.name} {line.y[0]:.1f} to {line.y[-1]:.1f}" for line in drawn)
+    unit = ", in percent" if ylabel.endswith("percent") else ""
     known = any(not math.isnan(value.error) for series in means.values() for value in series.values())
     notes = ["Bars: ±, as in the table."] if known else []
     notes += [f"{len(lines) - CURVES} more models are not drawn."] if len(lines) > CURVES else []
     ticks = {key: tick.format(key) for key in keys} if tick else None
-    return [line_chart(title, drawn, ylabel, f"{title}, in percent: {ends}", " ".join(notes), xlabel, ticks)]
+    return [line_chart(title, drawn, ylabel, f"{title}{unit}: {ends}", " ".join(notes), xlabel, ticks)]
+
+
+def _losses(arms: Arms, by: str) -> list[Chart]:
+    return _curves(f"Training loss by {by}", _plain(_means(arms, "loss")), "loss", by)
 
 
 def _dots(arms: Arms, scores: dict[str, Mean], chance: list[str]) -> list[Chart]:

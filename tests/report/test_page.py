@@ -17,7 +17,7 @@ from PIL import Image
 
 from orl import InputError, artifacts, cli
 from orl.report import figures
-from orl.report.page import CHARTS, QUERIES, report
+from orl.report.page import CHARTS, MAPS, QUERIES, report
 from orl.report.scores import CURVES, tasks
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
@@ -214,6 +214,7 @@ class Run:
         self.scores: list[str] = []
         self.recalls: list[str] = []
         self.pairs: list[str] = []
+        self.attention: list[str] = []
 
     def discovery(self, count: int) -> None:
         """Neighbours, proposals and correspondences of `count` photos: 2 boxes and then 1, 1 to 2 pairs."""
@@ -275,6 +276,27 @@ class Run:
         artifacts.write_json(path, value)
         self.pairs.append(str(path))
 
+    def add_attention(self, name: str, photos: int = 2) -> Path:
+        """A folder of attention maps of photos, each with a figure of its own colour."""
+        folder = self.folder / name
+        folder.mkdir()
+        listed = [
+            {
+                "image_id": f"<{i}>",
+                "path": f"part/<{i}>.jpg",
+                "roi": [1, 2, 30, 40],
+                "chosen": "paired",
+                "file": f"{i}.png",
+            }
+            for i in range(photos)
+        ]
+        for i, one in enumerate(listed):
+            Image.new("RGB", (30, 20), (i, 0, 0)).save(folder / str(one["file"]))
+        Image.new("RGB", (60, 50)).save(folder / "contact_sheet.png")
+        artifacts.write_json(folder / "attention.json", {"photos": listed, "models": ["random", ODD], "settings": {}})
+        self.attention.append(str(folder))
+        return folder
+
     def write(self, name: str = "index.html", stage2: bool = True) -> str:
         neighbors, proposals, pairs = (
             str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")
@@ -282,7 +304,7 @@ class Run:
         tables = str(self.folder / "manifest.csv"), str(self.folder / "rejected.csv")
         output = self.folder / "out" / name
         photos = str(self.folder / "photos")
-        lists = self.metrics, self.scores, self.recalls, self.pairs
+        lists = self.metrics, self.scores, self.recalls, self.pairs, self.attention
         files = (neighbors, proposals, pairs) if stage2 else None
         report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output))
         return output.read_text()
@@ -819,6 +841,25 @@ def test_recall_of_the_proposals(tmp_path: Path) -> None:
     assert any(label.startswith("Recall of large objects") and f"{ODD} 70.0 and – %" in label for label in page.labels)
 
 
+def test_attention_maps(tmp_path: Path) -> None:
+    """The contact sheet and the first photos' figures as they are, by folder where there are several."""
+    run = Run(tmp_path, 3, 1, size=100)
+    assert "Attention" not in Page(run.write(stage2=False)).text
+    first = run.add_attention("attention", photos=MAPS + 1)
+    page = Page(run.write(stage2=False))
+    files = ["contact_sheet.png", *(f"{i}.png" for i in range(MAPS))]
+    encoded = [base64.b64encode((first / name).read_bytes()).decode() for name in files]
+    assert page.images == [f"data:image/png;base64,{data}" for data in encoded]
+    assert f"Models, left to right: random, {ODD}." in page.text
+    assert f"The first {MAPS} of {MAPS + 1} photos" in page.text
+    assert "part/<0>.jpg" in page.text
+    assert 'width="60" height="50"' in run.write(stage2=False)
+    run.add_attention("attention-b")
+    page = Page(run.write(stage2=False))
+    assert len(page.images) == len(files) + 3
+    assert page.text.index("attention-b") < page.text.index("Each photo")
+
+
 def test_same_inputs_same_bytes(made: Run) -> None:
     assert made.write("again.html") == (made.folder / "out" / "index.html").read_text()
 
@@ -910,6 +951,20 @@ def twice(run: Run) -> None:
     run.add_score(result("stage1", 1.0))
 
 
+def attention(change: Callable[[Path], Any]) -> Callable[[Run], None]:
+    """A folder of attention maps with a change."""
+    return lambda run: change(run.add_attention("attention"))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def elsewhere(folder: Path) -> None:
+    photo = {"path": "a.jpg", "file": "../attention/0.png"}
+    artifacts.write_json(folder / "attention.json", {"photos": [photo], "models": ["orl"]})
+
+
 def add_pairs(**metrics: Any) -> Callable[[Run], None]:
     return lambda run: run.add_pairs("pairs-b", **metrics)
 
@@ -955,6 +1010,22 @@ def add_pairs(**metrics: Any) -> Callable[[Run], None]:
         (lambda run: run.add_pairs("pairs"), "pairs1.json: model 'pairs' of pairs is given twice"),
         (lambda run: run.add_recall("proposals"), "recall1.json: model 'proposals' of proposals is given twice"),
         (twice, "score1.json: model 'stage1' of voc07_svm is given twice"),
+        (
+            lambda run: run.attention.append(str(run.folder)),
+            r"is no folder of `orl attention` \(.*\); draw the maps again",
+        ),
+        *(
+            (attention(change), r"attention: is no folder of `orl attention` \(.*\); draw the maps again.")
+            for change in (
+                lambda folder: (folder / "contact_sheet.png").unlink(),
+                lambda folder: (folder / "1.png").write_text("no PNG"),
+                lambda folder: cut(folder / "contact_sheet.png"),
+                lambda folder: (folder / "attention.json").write_text("{"),
+                lambda folder: (folder / "attention.json").write_text("[]"),
+                lambda folder: (folder / "attention.json").write_text('{"photos": [1], "models": []}'),
+                elsewhere,
+            )
+        ),
         (lambda run: run.add_score({**KNN, "metrics": {}}), "score1.json: is no result of `orl evaluate knn`"),
     ],
 )
