@@ -676,7 +676,7 @@ RESULT_VERSION: dict[str, int] = {
     "embeddings": 2,
     "neighbors": 2,
     "pair_precision": 2,
-    "report": 2,
+    "report": 3,
     "rois": 2,
     "stage1": 4,
     "stage3": 4,

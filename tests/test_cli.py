@@ -6,6 +6,7 @@ import sys
 import traceback
 
 import pytest
+from PIL import Image
 
 from orl import InputError, __version__, artifacts, cli
 
@@ -37,6 +38,12 @@ READS = {
     "evaluate semi --name stage1": ["--runs"],
     "evaluate proposals": ["--manifest", "--proposals", "--annotations"],
     "evaluate pairs": ["--manifest", "--proposals", "--correspondences", "--annotations"],
+    "evaluate detection --name stage1": ["--backbone", "--root of masks"],
+    "evaluate segmentation --name stage1": ["--backbone", "--root of masks"],
+    "evaluate localization --name stage1": ["--root", "--manifest", "--backbone", "--annotations"],
+    "evaluate localization --name pairs": ["--manifest", "--proposals", "--correspondences", "--annotations"],
+    "attention": ["--root", "--manifest", "--proposals", "--correspondences"],
+    "export --format timm": ["--backbone"],
     "report --run-name run": [
         "--root",
         "--manifest",
@@ -89,6 +96,20 @@ def settings(tiny):
                 "size": 32,
             },
             "knn": {"k": [1], "resize": 40, "size": 32},
+            "detection": {
+                "iterations": 1,
+                "milestones": [],
+                "batch": 2,
+                "warmup": 0,
+                "short_sides": [64],
+                "test_side": 64,
+                "channels": 8,
+                "rois": 8,
+                "precise_bn": 1,
+            },
+            "segmentation": {"epochs": 1, "milestones": [], "batch": 2, "resize": 40, "size": 32},
+            "localization": {"side": 64},
+            "attention": {"photos": 1, "side": 64},
         },
     }
     return json.dumps({**tiny.model_dump(mode="json"), **change})
@@ -123,7 +144,26 @@ def toy(photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inputs(photos, labels, toy, settings, model_folder, tmp_path_factory):
+def masks(photos, tmp_path_factory):
+    """The photos in COCO layout, each with one object."""
+    folder = tmp_path_factory.mktemp("coco")
+    paths = sorted(photos.rglob("*.jpg"))
+    for split, own in (("train2017", paths[:6]), ("val2017", paths[6:])):
+        (folder / split).mkdir()
+        images, objects = [], []
+        for number, path in enumerate(own, 1):
+            shutil.copy(path, folder / split)
+            width, height = Image.open(path).size
+            images.append({"id": number, "file_name": path.name, "width": width, "height": height})
+            objects.append({"id": number, "image_id": number, "category_id": 3, "bbox": [10, 10, 30, 30], "iscrowd": 0,
+                            "area": 900, "segmentation": [[10, 10, 40, 10, 40, 40, 10, 40]]})  # fmt: skip
+        content = {"images": images, "annotations": objects, "categories": [{"id": 3, "name": "thing"}]}
+        artifacts.write_json(folder / "annotations" / f"instances_{split}.json", content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory):
     """Flag -> what to give for it; the files are made by the commands themselves, one after the other."""
     folder = tmp_path_factory.mktemp("run")
     names = {
@@ -133,6 +173,7 @@ def inputs(photos, labels, toy, settings, model_folder, tmp_path_factory):
         "--root": photos,
         "--root of labels": labels,
         "--root of toy": toy,
+        "--root of masks": masks,
         "--features": folder / "features.h5",
         "--features of toy": folder / "toy.features.h5",
         "--list": folder / "half.txt",
@@ -154,9 +195,10 @@ def inputs(photos, labels, toy, settings, model_folder, tmp_path_factory):
 
     def make(command, output, *more):
         options = [str(part) for flag in READS[command] for part in (flag.partition(" of ")[0], given[flag])]
+        more += tuple(map(str, extra(command, given, output)))
         cli.main([*command.split(), "--settings", settings, *options, *more, "--output", str(output), "--threads", "1"])
 
-    make("manifest", given["--manifest"], "--rejected", str(given["--rejected"]))
+    make("manifest", given["--manifest"])
     make("propose", given["--proposals"])
     make("embed", given["--embeddings"])
     make("neighbors", given["--neighbors"])
@@ -173,17 +215,34 @@ def inputs(photos, labels, toy, settings, model_folder, tmp_path_factory):
     make("evaluate semi --name stage1", folder / "semi.json")
     make("evaluate proposals", given["--recalls"])
     make("evaluate pairs", folder / "pairs.json")
+    make("evaluate detection --name stage1", folder / "detection.json")
+    make("evaluate segmentation --name stage1", folder / "segmentation.json")
+    make("evaluate localization --name stage1", folder / "lost.json")
+    make("evaluate localization --name pairs", folder / "localization.json")
+    make("attention", folder / "attention")
+    make("export --format timm", folder / "timm.safetensors")
     make("report --run-name run", folder / "index.html")
     make("scenes", folder / "scenes")
     make("pretrain --stage random", folder / "random")
     return given
 
 
+def extra(command, inputs, output):
+    """Options of a command that are none of READS: what else it writes, and files in another form."""
+    if command == "manifest":
+        return "--rejected", output.parent / "rejected.csv"
+    if command.startswith("evaluate detection"):
+        return "--predictions", output.parent / "predictions.json"
+    if command == "attention":
+        return "--backbones", f"stage1={inputs['--backbone']}"
+    return ()
+
+
 def argv(command, settings, inputs, output, **change):
     """A whole command line; `change` replaces what is given for a flag."""
     options = [part for flag in READS[command] for part in (flag.partition(" of ")[0], change.get(flag, inputs[flag]))]
-    if command == "manifest":
-        options += ["--rejected", output.parent / "rejected.csv"]
+    options += extra(command, inputs, output)
+    output = output.with_suffix(".safetensors") if command.startswith("export") else output
     return [*command.split(), "--settings", settings, *options, "--output", output, "--threads", "1"]
 
 
@@ -200,6 +259,13 @@ def test_the_commands_make_their_files(inputs):
         "knn.json",
         "linear.json",
         "semi.json",
+        "detection.json",
+        "predictions.json",
+        "segmentation.json",
+        "lost.json",
+        "localization.json",
+        "attention",
+        "timm.safetensors",
         "random",
         "scenes",
     }
@@ -297,6 +363,15 @@ def test_a_file_of_another_kind_is_one_sentence(command, flag, settings, inputs,
         (
             "evaluate semi_run --name x --set toy --backbone {backbone} --list {list} --share 0.5",
             "needs --lr and --head",
+        ),
+        ("evaluate segmentation --name x --backbone {backbone}", "downstream.detection.root: is not set"),
+        (
+            "evaluate localization --name x --manifest {manifest} --annotations {annotations}",
+            "needs either --backbone, or --proposals and --correspondences",
+        ),
+        (
+            "evaluate localization --name x --manifest {manifest} --annotations {annotations} --backbone {backbone}",
+            "needs --root",
         ),
     ],
 )
