@@ -34,7 +34,7 @@ COLORS = matplotlib.colormaps["cividis"].resampled(48)  # read alike with any co
 DPI, WIDTH = 100, 1100  # of the figures, pixels
 PANEL = 340  # pixels at most that a side of a map takes in a photo's figure
 # Of the contact sheet: side of a photo, pixels of all photos (which make most of the file), sides (Agg's: 65,535).
-THUMBNAIL, PIXELS, SHEET_WIDTH, SHEET_HEIGHT = (60, 150), 110_000, 1120, 30_000
+THUMBNAIL, PIXELS, SHEET_WIDTH, SHEET_HEIGHT = (60, 150), 90_000, 1120, 30_000
 MADE = re.compile(r"attention\.json|contact_sheet\.png|\d\d+-.*\.png|\.snakemake_.*")  # what a former run left
 
 Roi = tuple[float, float, float, float]
@@ -151,7 +151,7 @@ def draw(
             raise InputError(f"{correspondences_path}: numbers boxes of a proposals.h5; name that, too.")
         pairs = artifacts.read_correspondences(correspondences_path)
         artifacts.check_rows(correspondences_path, len(pairs.neighbor), len(manifest), os.fspath(manifest_path))
-        artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path or ""))
+        artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
     shown = []
     for row in _rows(config, manifest, manifest_path, roi):
         whole = int(manifest.width[row]), int(manifest.height[row])
@@ -343,25 +343,25 @@ def _sheet(
     models: Sequence[str],
 ) -> Figure:
     """A row for each photo: the photo with its box, the energy by each model, the similarity by each."""
-    margin, gap, head = 8, 4, 32
-    room = (SHEET_WIDTH - 2 * margin) // (2 * len(models) + 1) - gap
+    margin, left, gap, head = 8, 28, 4, 32
+    room = (SHEET_WIDTH - left - margin) // (2 * len(models) + 1) - gap
     side = int(np.clip((PIXELS / len(shown)) ** 0.5, *THUMBNAIL))
     side = max(1, min(side, room, SHEET_HEIGHT // len(shown) - gap))
     pictures = [_fit(picture, (side, side)) for picture in pictures]
     column = max(side, min(room, 60)) + gap
     heights = [picture.shape[0] + gap for picture in pictures]
-    width = 2 * margin + column * (2 * len(models) + 1) - gap
-    canvas = _Canvas(width, 2 * margin + head + sum(heights) - gap)
-    for number, kind in enumerate(KINDS):
-        canvas.text(kind, margin + column * (1 + number * len(models)), margin, 8, column * len(models), weight="bold")
-        for place, name in enumerate(models, 1 + number * len(models)):
-            canvas.text(name, margin + column * place, margin + 15, 7.5, column - gap)
+    canvas = _Canvas(left + column * (2 * len(models) + 1) - gap + margin, 2 * margin + head + sum(heights) - gap)
+    for kind, first in zip(KINDS, (1, 1 + len(models)), strict=True):
+        canvas.text(kind, left + column * first, margin, 8, column * len(models), weight="bold")
+        for place, name in enumerate(models, first):
+            canvas.text(name, left + column * place, margin + 15, 7.5, column - gap)
     y = margin + head
     for row, (picture, one, height) in enumerate(zip(pictures, shown, heights, strict=True)):
-        panel = picture.shape[1], picture.shape[0]
-        canvas.image(picture, margin, y, one.box)
+        canvas.text(f"{row + 1:02d}", margin, y, 7.5)
+        canvas.image(picture, left, y, one.box)
         for place, values in enumerate((own[row][kind] for kind in range(2) for own in maps), 1):
-            canvas.image(enlarge(values, one.size, panel), margin + column * place, y, one.box)
+            shape = picture.shape[1], picture.shape[0]
+            canvas.image(enlarge(values, one.size, shape), left + column * place, y, one.box)
         y += height
     return canvas.figure
 
