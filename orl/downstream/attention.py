@@ -96,6 +96,16 @@ def enlarge(values: np.ndarray, size: tuple[int, int], panel: tuple[int, int]) -
     return down.T @ values @ across
 
 
+def input_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The (width, height) at which the network sees a photo: short side `side`, long one at most LONG times that.
+
+    Both to the nearest number by which the first and the last cell of a map are centred on the photo's borders.
+    """
+    factor = side / max(min(size), max(size) / LONG)
+    width, height = (STRIDE * max(1, round((one * factor - 1) / STRIDE)) + 1 for one in size)
+    return width, height
+
+
 def choose_roi(
     row: int, size: tuple[int, int], proposals: artifacts.Proposals | None, pairs: artifacts.Correspondences | None
 ) -> tuple[Roi, str]:
@@ -192,16 +202,6 @@ def draw(
             },
         }
         artifacts.write_json(folder / "attention.json", result)
-
-
-def input_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The (width, height) at which the network sees a photo: short side `side`, long one at most LONG times that.
-
-    Both to the nearest number by which the first and the last cell of a map are centred on the photo's borders.
-    """
-    factor = side / max(min(size), max(size) / LONG)
-    width, height = (STRIDE * max(1, round((one * factor - 1) / STRIDE)) + 1 for one in size)
-    return width, height
 
 
 def _rows(

@@ -183,8 +183,8 @@ def test_files_are_those_of_the_photos_and_the_same_again(draw, manifest, tmp_pa
 
 def test_boxes_come_from_pairs_else_proposals(draw, manifest, proposals_path, correspondences_path):
     proposals = artifacts.read_proposals(proposals_path)
-    paired = draw(proposals_path, correspondences_path, photos=4)["photos"]
-    largest = draw(proposals_path, photos=4)["photos"]
+    paired = draw(proposals_path, correspondences_path, photos=2)["photos"]
+    largest = draw(proposals_path, photos=2)["photos"]
     assert [one["image_id"] for one in paired] == [one["image_id"] for one in largest]
     for one, other in zip(paired, largest, strict=True):
         row = manifest.image_id.tolist().index(one["image_id"])
