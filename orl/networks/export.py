@@ -1,0 +1,84 @@
+"""A trained backbone in the files from which other frameworks start."""
+
+import os
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from orl import InputError, artifacts
+from orl.networks import backbones
+
+Format = Literal["torchvision", "timm", "detectron2", "mmdet"]
+ENDINGS: dict[Format, str] = {"torchvision": ".pth", "timm": ".safetensors", "detectron2": ".pth", "mmdet": ".pth"}
+DETECTRON2 = {  # part of our name -> of theirs
+    "downsample.0": "shortcut",
+    "downsample.1": "shortcut.norm",
+    **{f"bn{number}.": f"conv{number}.norm." for number in (1, 2, 3)},
+    **{f"layer{number}.": f"res{number + 1}." for number in (1, 2, 3, 4)},
+}
+MEAN, STD = ([round(255 * value, 3) for value in values] for values in (backbones.MEAN, backbones.STD))
+
+
+def detectron2_name(key: str) -> str:
+    """Detectron2's name of a tensor of the backbone (its build_resnet_backbone; tools/convert-torchvision-to-d2.py)."""
+    name = key if key.startswith("layer") else f"stem.{key}"
+    for ours, theirs in DETECTRON2.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def export(path: str | os.PathLike, format: Format, output: str | os.PathLike) -> None:
+    """Write the weights of a backbone.safetensors for another framework, and say on stderr how to load them there.
+
+    `torchvision`: state_dict (torch.save); `timm`: safetensors with the same names; `detectron2`: its own names, under
+    "model"; `mmdet`: torchvision's names, under "state_dict". Plain tensors and text: no code is run to read them.
+    Raises InputError: no backbone, or an `output` that the framework would not read.
+    """
+    if not os.fspath(output).endswith(ENDINGS[format]):
+        raise InputError(f"{output}: {format} reads weights from {ENDINGS[format]} files; end the name in that.")
+    tensors, made = backbones.load(path).state_dict(), artifacts.attributes(path)
+    name = made["backbone"]
+    if format == "timm":
+        artifacts.write_weights(output, tensors, made)
+    else:
+        # To an open file: by name, torch would write the temporary one's into the archive.
+        with artifacts.atomic(output) as temporary, open(temporary, "wb") as file:
+            torch.save(_content(tensors, format, name, made["fingerprint"]), file)
+    print(f"{output}: {name} for {format}; {_how(format, name, os.fspath(output))}", file=sys.stderr)
+
+
+def _content(tensors: dict[str, Tensor], format: Format, name: str, fingerprint: str) -> dict[str, Any]:
+    if format == "detectron2":  # the heuristics find `stem.…` in any model that has it as backbone.bottom_up.stem.…
+        return {"model": {detectron2_name(key): value for key, value in tensors.items()}, "matching_heuristics": True}
+    if format == "mmdet":
+        return {"meta": {"backbone": name, "fingerprint": fingerprint}, "state_dict": dict(tensors)}
+    return dict(tensors)
+
+
+def _how(format: Format, name: str, output: str) -> str:
+    """What to type, or to set, so that the framework builds the same network and starts from the file."""
+    depth = int(name.removeprefix("resnet"))
+    pixels = f"RGB photos, mean {list(backbones.MEAN)}, std {list(backbones.STD)} of 0 to 1"
+    if format == "torchvision":
+        made = f"torchvision.models.{name}()" if depth > 10 else "ResNet(BasicBlock, [1, 1, 1, 1])"
+        return f"{made}.load_state_dict(torch.load({output!r}), strict=False) misses only fc.*; {pixels}."
+    if format == "timm":
+        if depth > 10:
+            return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={output!r}); {pixels}."
+        made = "timm.models.resnet.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=0)"
+        return f"{made}.load_state_dict(safetensors.torch.load_file({output!r})); {pixels}."
+    alone = "" if depth > 10 else " It builds no ResNet-10 itself: give it one of blocks 1, 1, 1, 1."
+    if format == "detectron2":
+        narrow = "" if depth >= 50 else " MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+        return (
+            f"MODEL.WEIGHTS {output} MODEL.RESNETS.DEPTH {depth}{narrow} MODEL.RESNETS.STRIDE_IN_1X1 False "
+            f"MODEL.RESNETS.NORM SyncBN MODEL.BACKBONE.FREEZE_AT 0 INPUT.FORMAT RGB MODEL.PIXEL_MEAN {MEAN} "
+            f"MODEL.PIXEL_STD {STD}.{alone}"
+        )
+    return (
+        f'backbone=dict(type="ResNet", depth={depth}, style="pytorch", frozen_stages=-1, norm_eval=False, '
+        f'norm_cfg=dict(type="SyncBN", requires_grad=True), init_cfg=dict(type="Pretrained", checkpoint={output!r})), '
+        f"data_preprocessor=dict(mean={MEAN}, std={STD}, bgr_to_rgb=True).{alone}"
+    )
