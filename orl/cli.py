@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orl import InputError, NoRoomError, __version__, gpus
-from orl.config import Config, load, used
+from orl.config import EXPORTS, Config, load, used
 
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
 rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
@@ -239,8 +239,8 @@ def _localization(args: argparse.Namespace, config: Config) -> None:
         if args.root is None:
             raise InputError("localization with --backbone needs --root, the folder of the photos; name it.")
         gpus.take_one(args.gpus)
-        files = (args.root, args.manifest, args.backbone, args.annotations, args.name, args.output)
-        localization.evaluate_model(config, *files, args.threads)
+        photos = (args.root, args.manifest, args.backbone)
+        localization.evaluate_model(config, *photos, args.annotations, args.name, args.output, args.threads)
     else:
         files = (args.manifest, args.proposals, args.correspondences, args.annotations, args.output)
         localization.evaluate_pairs(config, args.name, *files)
@@ -250,8 +250,8 @@ def _attention(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.attention import draw
 
     gpus.take_one(args.gpus)
-    stage2 = {"proposals": args.proposals, "correspondences": args.correspondences}
-    draw(config, args.root, args.manifest, dict(args.backbones), args.output, **stage2, roi=args.roi)
+    files = (dict(args.backbones), args.output, args.proposals, args.correspondences)
+    draw(config, args.root, args.manifest, *files, roi=args.roi)
 
 
 def _export(args: argparse.Namespace, config: Config) -> None:
@@ -575,7 +575,7 @@ def parser() -> argparse.ArgumentParser:
     uses_gpu(sub, "1")
     text = "write a backbone as another framework reads it, and say how"
     sub = command("export", _export, text, BACKBONE, output="file to write: .safetensors (timm) or .pth (the others)")
-    sub.add_argument("--format", required=True, choices=["torchvision", "timm", "detectron2", "mmdet"])
+    sub.add_argument("--format", required=True, choices=list(EXPORTS))
     sub = command(
         "report",
         _report,
@@ -611,10 +611,9 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _box(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+    if not re.fullmatch(r"\d+(,\d+){3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not X,Y,W,H, four whole numbers")
-    return tuple(map(int, numbers))
+    return tuple(map(int, text.split(",")))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -596,6 +596,8 @@ class Compute(Section):
     """Detections are evaluated by faster-coco-eval, where it is installed, instead of pycocotools."""
 
 
+Format = Literal["torchvision", "timm", "detectron2", "mmdet"]
+EXPORTS: dict[Format, str] = {"torchvision": ".pth", "timm": ".safetensors", "detectron2": ".pth", "mmdet": ".pth"}
 Measured = Literal["random", "stage1", "pairs", "orl"]
 
 
@@ -614,7 +616,7 @@ class Config(Section):
     """Arithmetic of training, `linear` and `semi` included; auto: bfloat16 on a GPU, float32 on the CPU."""
     supervised: str | None = None
     """File of weights that were trained with labels, to be evaluated beside the others, as model `supervised`."""
-    export: Annotated[list[Literal["torchvision", "timm", "detectron2", "mmdet"]], AfterValidator(_different)] = []
+    export: Annotated[list[Format], AfterValidator(_different)] = []
     """Formats in which the trained backbones are written as well, for other frameworks."""
     data: Data = Data()
     stage1: Stage1 = Stage1()

@@ -2,16 +2,15 @@
 
 import os
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orl import InputError, artifacts
+from orl.config import EXPORTS, Format
 from orl.networks import backbones
 
-Format = Literal["torchvision", "timm", "detectron2", "mmdet"]
-ENDINGS: dict[Format, str] = {"torchvision": ".pth", "timm": ".safetensors", "detectron2": ".pth", "mmdet": ".pth"}
 DETECTRON2 = {  # part of our name -> of theirs
     "downsample.0": "shortcut",
     "downsample.1": "shortcut.norm",
@@ -36,8 +35,8 @@ def export(path: str | os.PathLike, format: Format, output: str | os.PathLike) -
     "model"; `mmdet`: torchvision's names, under "state_dict". Plain tensors and text: no code is run to read them.
     Raises InputError: no backbone, or an `output` that the framework would not read.
     """
-    if not os.fspath(output).endswith(ENDINGS[format]):
-        raise InputError(f"{output}: {format} reads weights from {ENDINGS[format]} files; end the name in that.")
+    if not os.fspath(output).endswith(EXPORTS[format]):
+        raise InputError(f"{output}: {format} reads weights from {EXPORTS[format]} files; end the name in that.")
     tensors, made = backbones.load(path).state_dict(), artifacts.attributes(path)
     name = made["backbone"]
     if format == "timm":

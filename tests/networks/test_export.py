@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from orl import InputError, artifacts
+from orl.config import EXPORTS
 from orl.networks import backbones, weights
-from orl.networks.export import ENDINGS, export
+from orl.networks.export import export
 
 NAMES = ["resnet10", "resnet18", "resnet50"]
 BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -32,7 +33,7 @@ def saved(request, tmp_path_factory):
 
 
 def exported(saved, kind, tmp_path):
-    output = tmp_path / f"out{ENDINGS[kind]}"
+    output = tmp_path / f"out{EXPORTS[kind]}"
     export(saved[2], kind, output)
     return output
 
@@ -143,7 +144,7 @@ def test_our_own_reader_takes_it(saved, kind, tmp_path):
         assert torch.equal(found.encoder.backbone.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("kind", list(ENDINGS))
+@pytest.mark.parametrize("kind", list(EXPORTS))
 def test_same_weights_same_bytes_and_a_line_that_says_how(saved, kind, tmp_path, capsys):
     path = exported(saved, kind, tmp_path)
     first = path.read_bytes()
@@ -164,12 +165,12 @@ def test_same_weights_same_bytes_and_a_line_that_says_how(saved, kind, tmp_path,
     assert ("RES2_OUT_CHANNELS 64" in said) == (saved[0] != "resnet50" and kind == "detectron2")
 
 
-@pytest.mark.parametrize("kind", list(ENDINGS))
+@pytest.mark.parametrize("kind", list(EXPORTS))
 def test_bad_input_is_one_sentence_and_writes_nothing(model_folder, kind, tmp_path):
     wrong = tmp_path / ("a.pth" if kind == "timm" else "a.pkl")
-    with pytest.raises(InputError, match=rf"^{re.escape(str(wrong))}: {kind} reads weights from {ENDINGS[kind]} files"):
+    with pytest.raises(InputError, match=rf"^{re.escape(str(wrong))}: {kind} reads weights from {EXPORTS[kind]} files"):
         export(model_folder / "backbone.safetensors", kind, wrong)
     for bad in (model_folder / "model.safetensors", tmp_path / "missing.safetensors"):
         with pytest.raises(InputError, match=rf"^{re.escape(str(bad))}: [^\n]*\.$"):
-            export(bad, kind, tmp_path / f"out{ENDINGS[kind]}")
+            export(bad, kind, tmp_path / f"out{EXPORTS[kind]}")
     assert list(tmp_path.iterdir()) == []

@@ -443,18 +443,10 @@ def looked_at(wildcards):
     }
 
 
-EXTENSIONS = {
-    "torchvision": "pth",
-    "timm": "safetensors",
-    "detectron2": "pth",
-    "mmdet": "pth",
-}
-
-
 def exports():
     """The trained backbones in the formats of other frameworks."""
     return unique(
-        f"{found(MODELS[model], v)}/{form}.{EXTENSIONS[form]}"
+        f"{found(MODELS[model], v)}/{form}{settings.EXPORTS[form]}"
         for v in RUNS
         for form in RUNS[v].export
         for model in ("stage1", "orl")
@@ -548,7 +540,7 @@ wildcard_constraints:
     shard=r"\d{4}-of-\d{4}",
     merged="embeddings|proposals|correspondences",
     trained="stage1|orl",
-    format="torchvision|timm|detectron2|mmdet",
+    format="|".join(settings.EXPORTS),
 
 
 onstart:
