@@ -260,11 +260,18 @@ def attributes(path: str | os.PathLike) -> dict[str, str]:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """Fingerprint of an artifact: its own attribute, or the SHA-256 of its bytes where it has none."""
+    """Fingerprint of an artifact: its own attribute, or the SHA-256 of its bytes where it has none.
+
+    Of a folder: of the names and bytes of the files in it, those of its folders left out.
+    """
     if str(path).endswith((".h5", ".safetensors")):
         found = attributes(path).get("fingerprint")
         if found:
             return found
+    if os.path.isdir(path):
+        files = sorted(one for one in Path(path).iterdir() if one.is_file())
+        named = [(one.name, fingerprint(one)) for one in files]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
     with _explained(path, "make it first"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

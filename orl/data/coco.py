@@ -86,7 +86,8 @@ class Objects:
     `category` int64 [m]: category_id, or -1 where it is no whole number from 0.
 
     Object i is in the photo that `photo` int64 [m] names: a row of `name` (file names, n) and of `size` int64 [n, 2]
-    (width, height; 0 where the file does not say).
+    (width, height; 0 where the file does not say). `classes`: names of the categories from 0 on, where they are
+    numbered by name.
     """
 
     name: list[str]
@@ -95,6 +96,7 @@ class Objects:
     box: np.ndarray
     crowd: np.ndarray
     category: np.ndarray
+    classes: tuple[str, ...] = ()
 
 
 def read_objects(path: str | os.PathLike) -> Objects:

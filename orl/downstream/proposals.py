@@ -10,7 +10,7 @@ import numpy as np
 
 from orl import InputError, artifacts
 from orl.config import Config, used
-from orl.data import coco
+from orl.data import coco, voc
 from orl.data.views import iou
 from orl.progress import track
 
@@ -50,9 +50,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure how many annotated objects the proposals find; write and return the result.
 
-    `model` is the name the result goes by; `annotations`: COCO JSONs, whose photos are those of the manifest with the
-    same file name (without folders and extension). Crowds and boxes without area are left out, and photos on which
-    no object then remains, or whose annotated size is another than the manifest's.
+    `model` is the name the result goes by; `annotations`: COCO JSONs, or folders of VOC XML files, whose photos are
+    those of the manifest with the same file name (without folders and extension). Crowds and boxes without area are
+    left out, and photos on which no object then remains, or whose annotated size is another than the manifest's.
     Metrics, by the first `kept` boxes of each photo, the last number being all: `recall` (0 to 1) of `all` objects
     and of the `large` ones, both sides of which are at least proposals.min_size (null where there is none), at IoU 0.5
     and 0.7; `boxes_per_photo`: their mean. `plot`: PNG to draw as well.
@@ -110,16 +110,21 @@ def objects_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
     """The annotated objects on the photos of a manifest, as `evaluate` says.
 
+    Of several folders of VOC files, all must have the same classes, which are numbered by name.
     Returns manifest rows int64 [m], ascending, boxes float64 [m, 4] and categories int64 [m] (-1: none is given), and
     what was left out, counted. Raises InputError.
     """
     stems = [PurePosixPath(path).stem for path in manifest.path.tolist()]
     row_of = {stem: row for row, stem in enumerate(stems)}
     listed: dict[int, str | os.PathLike] = {}
+    classes: tuple[str, ...] | None = None
     rows, boxes, crowds, categories = [], [], [], []
     other_size = 0
     for path in annotations:
-        objects = coco.read_objects(path)
+        objects = voc.read_objects(path) if os.path.isdir(path) else coco.read_objects(path)
+        if classes not in (None, objects.classes):
+            raise InputError(f"{path}: its classes are not those of {annotations[0]}; put all files in one folder.")
+        classes = objects.classes
         row = np.array([row_of.get(PurePosixPath(name).stem, -1) for name in objects.name], np.int64)
         for one in row[row >= 0].tolist():
             if one in listed:
