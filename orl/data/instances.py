@@ -1,7 +1,9 @@
 """Objects with masks: a split of a tree in COCO layout."""
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,15 @@ class Instances:
     def __len__(self) -> int:
         return len(self.path)
 
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of photos' names, classes and objects; the same wherever the root lies."""
+        names = [os.path.relpath(path, self.file.parents[1]) for path in self.path]
+        digest = hashlib.sha256(json.dumps([names, self.classes]).encode())
+        for array in (self.image_id, self.size, self.category_id, self.first, self.box, self.label, self.crowd,
+                      self.outline_offsets, self.outline):  # fmt: skip
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def objects(self, row: int) -> np.ndarray:
         """Numbers of the objects of photo `row` that are no crowds: int64."""
         numbers = np.arange(self.first[row], self.first[row + 1])
@@ -74,9 +85,7 @@ def read(root: str | os.PathLike, split: str) -> Instances:
     occur twice or are not listed, no masks at all, or photos that are not there.
     """
     path = Path(root) / "annotations" / f"instances_{split}.json"
-    content = _content(path)
-    for what, key in (("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name")):
-        _check_ids(path, content, what, key)
+    content = read_json(path, _kept)
     images, categories = content["images"], sorted(content["categories"], key=lambda one: one["id"])
     row_of = {image["id"]: row for row, image in enumerate(images)}
     label_of = {category["id"]: label for label, category in enumerate(categories)}
@@ -136,21 +145,14 @@ def check_same_classes(train: Instances, test: Instances) -> None:
         raise InputError(f"{test.file}: shares {len(shared)} photos with {train.file}, the first {shared[0]}.")
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The three lists of a COCO file; each annotation as (image, category, crowd, box, outline as JSON)."""
+def read_json(path: str | os.PathLike, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    """A COCO instances file, each of its objects put through `hook`; annotations are not checked. Raises InputError.
 
-    def keep(value: dict[str, Any]) -> Any:
-        if "bbox" not in value:
-            return value
-        box, image, category = value["bbox"], value.get("image_id"), value.get("category_id")
-        whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if not whole or type(image) is not int or type(category) is not int:
-            return {}
-        return image, category, bool(value.get("iscrowd")), box, _outline(value.get("segmentation"))
-
+    Images have `id`, `file_name`, `width` and `height`, categories `id` and `name`; no id or name occurs twice.
+    """
     try:
         with open(path, "rb") as file:
-            found = json.load(file, object_hook=keep)
+            found = json.load(file, object_hook=hook)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); correct downstream.detection.") from None
     except (ValueError, RecursionError) as error:
@@ -164,10 +166,23 @@ def _content(path: Path) -> dict[str, Any]:
         sides = (image.get("width"), image.get("height")) if isinstance(image, dict) else ()
         if not all(type(side) is int and side > 0 for side in sides) or not sides:
             raise InputError(f"{path}: images[{number}] needs width and height; correct the file.")
+    for what, key in (("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name")):
+        _check_ids(path, found, what, key)
     return found
 
 
-def _outline(value: Any) -> bytes:
+def _kept(value: dict[str, Any]) -> Any:
+    """What `read` keeps of an annotation: image, category, crowd, box, outline as JSON; anything else as it is."""
+    if "bbox" not in value:
+        return value
+    box, image, category = value["bbox"], value.get("image_id"), value.get("category_id")
+    whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    if not whole or type(image) is not int or type(category) is not int:
+        return {}
+    return image, category, bool(value.get("iscrowd")), box, outline(value.get("segmentation"))
+
+
+def outline(value: Any) -> bytes:
     """An outline as compact JSON: polygons of three points and more, or a run-length code; empty if it is neither."""
     if isinstance(value, list):
         value = [
@@ -184,7 +199,7 @@ def _fits(outline: bytes, image: dict[str, Any]) -> bool:
     return json.loads(outline)["size"] == [image["height"], image["width"]]
 
 
-def _check_ids(path: Path, content: dict[str, Any], what: str, key: str) -> None:
+def _check_ids(path: str | os.PathLike, content: dict[str, Any], what: str, key: str) -> None:
     kind = int if key == "id" else str
     seen = set()
     for number, one in enumerate(content[what]):
