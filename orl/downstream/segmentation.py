@@ -32,13 +32,14 @@ LOGITS = 2**25  # that are upsampled at a time: of 80 classes at 448 px a photo 
 class Segmenter(nn.Module):
     """A linear classifier of each pixel of a frozen backbone's last map: float [B, 3, H, W] -> logits [B, C, h, w].
 
-    The map goes through a BatchNorm without parameters of its own.
+    The map goes through a BatchNorm without parameters of its own, whose statistics are means over all steps: the
+    backbone does not change, and after few steps moving ones would still hold their first values, 0 and 1.
     """
 
     def __init__(self, backbone: backbones.ResNet, classes: int) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
-        self.norm = nn.BatchNorm2d(backbone.features, affine=False)
+        self.norm = nn.BatchNorm2d(backbone.features, affine=False, momentum=None)
         self.head = nn.Conv2d(backbone.features, classes, 1)
 
     def train(self, mode: bool = True) -> "Segmenter":

@@ -162,9 +162,7 @@ def test_scaled_masks_keep_area_and_place(
     assert (rows.mean() + 0.5) / down == pytest.approx(y, abs=0.7 / min(1, down))
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([0.02, 0.5, 0.98]), st.booleans()
-)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([0.02, 0.5, 0.98]), st.booleans())
 def test_run_length_codes_that_do_not_fill_the_mask_are_none(
     width: int, height: int, seed: int, share: float, text: bool
 ) -> None:
@@ -258,7 +256,7 @@ def test_wrong_files(tmp_path: Path, change: Callable[[dict], None], message: st
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"instances_train2017\.json: cannot be read .*; correct downstream\.detection"):
+    with pytest.raises(InputError, match=r"_train2017\.json: cannot be read .*; correct downstream\.detection"):
         instances.read(tmp_path, "train2017")
     write(tmp_path, "train2017", "{")
     with pytest.raises(InputError, match="is no JSON"):
