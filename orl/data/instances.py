@@ -1,7 +1,9 @@
 """Objects with masks: a split of a tree in COCO layout."""
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,15 @@ class Instances:
     def __len__(self) -> int:
         return len(self.path)
 
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of photos' names, classes and objects; the same wherever the root lies."""
+        names = [os.path.relpath(path, self.file.parents[1]) for path in self.path]
+        digest = hashlib.sha256(json.dumps([names, self.classes]).encode())
+        for array in (self.image_id, self.size, self.category_id, self.first, self.box, self.label, self.crowd,
+                      self.outline_offsets, self.outline):  # fmt: skip
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def objects(self, row: int) -> np.ndarray:
         """Numbers of the objects of photo `row` that are no crowds: int64."""
         numbers = np.arange(self.first[row], self.first[row + 1])
@@ -60,7 +71,7 @@ class Instances:
         if isinstance(outline, dict):
             if isinstance(outline["counts"], list):
                 outline = rle.frPyObjects(outline, *outline["size"])
-            return cv2.resize(rle.decode(outline), size, interpolation=cv2.INTER_NEAREST)
+            return cv2.resize(rle.decode(outline), size, interpolation=cv2.INTER_NEAREST_EXACT)
         scale = np.divide(size, self.size[row])
         polygons = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in outline]
         return rle.decode(rle.merge(rle.frPyObjects(polygons, size[1], size[0])))
@@ -74,9 +85,7 @@ def read(root: str | os.PathLike, split: str) -> Instances:
     occur twice or are not listed, no masks at all, or photos that are not there.
     """
     path = Path(root) / "annotations" / f"instances_{split}.json"
-    content = _content(path)
-    for what, key in (("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name")):
-        _check_ids(path, content, what, key)
+    content = read_json(path, _kept)
     images, categories = content["images"], sorted(content["categories"], key=lambda one: one["id"])
     row_of = {image["id"]: row for row, image in enumerate(images)}
     label_of = {category["id"]: label for label, category in enumerate(categories)}
@@ -136,21 +145,14 @@ def check_same_classes(train: Instances, test: Instances) -> None:
         raise InputError(f"{test.file}: shares {len(shared)} photos with {train.file}, the first {shared[0]}.")
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The three lists of a COCO file; each annotation as (image, category, crowd, box, outline as JSON)."""
+def read_json(path: str | os.PathLike, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    """A COCO instances file, each of its objects put through `hook`; annotations are not checked. Raises InputError.
 
-    def keep(value: dict[str, Any]) -> Any:
-        if "bbox" not in value:
-            return value
-        box, image, category = value["bbox"], value.get("image_id"), value.get("category_id")
-        whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if not whole or type(image) is not int or type(category) is not int:
-            return {}
-        return image, category, bool(value.get("iscrowd")), box, _outline(value.get("segmentation"))
-
+    Images have `id`, `file_name`, `width` and `height`, categories `id` and `name`; no id or name occurs twice.
+    """
     try:
         with open(path, "rb") as file:
-            found = json.load(file, object_hook=keep)
+            found = json.load(file, object_hook=hook)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); correct downstream.detection.") from None
     except (ValueError, RecursionError) as error:
@@ -164,27 +166,75 @@ def _content(path: Path) -> dict[str, Any]:
         sides = (image.get("width"), image.get("height")) if isinstance(image, dict) else ()
         if not all(type(side) is int and side > 0 for side in sides) or not sides:
             raise InputError(f"{path}: images[{number}] needs width and height; correct the file.")
+    for what, key in (("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name")):
+        _check_ids(path, found, what, key)
     return found
 
 
-def _outline(value: Any) -> bytes:
-    """An outline as compact JSON: polygons of three points and more, or a run-length code; empty if it is neither."""
+def _kept(value: dict[str, Any]) -> Any:
+    """What `read` keeps of an annotation: image, category, crowd, box, outline as JSON; anything else as it is."""
+    if "bbox" not in value:
+        return value
+    box, image, category = value["bbox"], value.get("image_id"), value.get("category_id")
+    whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    if not whole or type(image) is not int or type(category) is not int:
+        return {}
+    return image, category, bool(value.get("iscrowd")), box, outline(value.get("segmentation"))
+
+
+def outline(value: Any) -> bytes:
+    """An outline as compact JSON: polygons of three points and more, or a run-length code of any pixels; else empty."""
     if isinstance(value, list):
-        value = [
-            polygon
-            for polygon in value
-            if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and np.isfinite(polygon).all()
-        ]
-    elif not (isinstance(value, dict) and "size" in value and isinstance(value.get("counts"), (list, str))):
+        value = [one for one in value if _numbers(one) and len(one) >= 6 and len(one) % 2 == 0]
+    elif isinstance(value, dict):
+        size, runs = value.get("size", []), _runs(value.get("counts"))
+        # pycocotools does not check that the runs fill the mask, and leaves the rest as the memory is.
+        if not _numbers(size) or len(size) != 2 or runs.sum() != np.prod(size) or not runs[1::2].any():
+            value = None
+    else:
         value = None
     return json.dumps(value, separators=(",", ":")).encode() if value else b""
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a list of finite numbers."""
+    try:
+        array = np.array(value)
+    except ValueError:  # lists of different lengths
+        return False
+    return isinstance(value, list) and array.ndim == 1 and array.dtype.kind in "if" and bool(np.isfinite(array).all())
+
+
+def _runs(counts: Any) -> np.ndarray:
+    """Lengths of the runs of COCO's code, int64, background first; empty if it is no such code.
+
+    As text, a number is characters of five bits, the lowest first, each but the last marked by a sixth; from the fourth
+    number on it is the difference to the last but one.
+    """
+    none = np.zeros(0, np.int64)
+    if isinstance(counts, list):
+        runs = np.array(counts, np.int64) if all(type(one) is int for one in counts) else none
+    elif isinstance(counts, str) and counts.isascii():
+        code = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+        last = np.flatnonzero(code & 32 == 0)
+        if not len(last) or last[-1] != len(code) - 1:
+            return none
+        first = np.concatenate([[0], last[:-1] + 1])
+        shift = 5 * (np.arange(len(code)) - np.repeat(first, last - first + 1))
+        runs = np.add.reduceat((code & 31) << shift, first)
+        runs -= (code[last] >> 4 & 1) << shift[last] + 5
+        for start in (1, 2):
+            runs[start::2] = runs[start::2].cumsum()
+    else:
+        return none
+    return none if (runs < 0).any() else runs
 
 
 def _fits(outline: bytes, image: dict[str, Any]) -> bool:
     return json.loads(outline)["size"] == [image["height"], image["width"]]
 
 
-def _check_ids(path: Path, content: dict[str, Any], what: str, key: str) -> None:
+def _check_ids(path: str | os.PathLike, content: dict[str, Any], what: str, key: str) -> None:
     kind = int if key == "id" else str
     seen = set()
     for number, one in enumerate(content[what]):
