@@ -667,7 +667,7 @@ USES: dict[str, tuple[str, ...]] = {
     "attention": ("seed", "measure", "data.exif", "downstream.attention"),
     "export": (),
     "proposals_recall": ("proposals.min_size",),
-    "pair_boxes": ("seed", "downstream.localization.boxes"),
+    "pair_boxes": ("downstream.localization.boxes",),
     "pair_precision": ("seed",),
     "report": ("data.exif",),
 }

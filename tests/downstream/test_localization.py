@@ -328,7 +328,7 @@ def test_bright_squares_are_found(photos, weights, tmp_path):
     assert result["metrics"]["boxes"] == [1, 2, 5]
     assert result["metrics"]["methods"]["lost"]["corloc"] == 100
     assert result["data"]["photos"] == result["data"]["objects"] == 3
-    assert result["data"]["backbone"] == artifacts.fingerprint(weights)
+    assert result["data"]["weights_fingerprint"] == artifacts.fingerprint(weights)
     assert result["settings"]["downstream"]["localization"]["side"] == 320
 
 
