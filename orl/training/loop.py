@@ -75,6 +75,8 @@ class Run:
         precision = {"auto": "bfloat16" if self.on_gpu else "float32"}.get(precision, precision)
         self.autocast = torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        # On the CPU the network needs the cores; one worker fetches ahead.
+        self.workers = max(1, self.threads - 1) if self.on_gpu else min(1, self.threads - 1)
         if not self.on_gpu:
             torch.set_num_threads(self.threads)
         torch.backends.cudnn.benchmark = not deterministic
@@ -84,9 +86,10 @@ class Run:
             torch.use_deterministic_algorithms(True)
         self.steps_per_epoch = len(samples) // batch
         self.total_steps = self.steps_per_epoch * epochs
+        self.period = self.steps_per_epoch  # steps that a row of `rows` is about
         self.step = 0
-        self.rows: list[dict[str, Any]] = []  # what was measured, one per finished epoch
-        self.sums: dict[str, Tensor] = {}  # of the epoch so far, on the device: reading them would stall it
+        self.rows: list[dict[str, Any]] = []  # what was measured, one per finished period
+        self.sums: dict[str, Tensor] = {}  # of the period so far, on the device: reading them would stall it
         self.bad_step = torch.tensor(-1, device=self.device)  # the first step whose loss was not finite
         self.asked_to_stop = False
 
@@ -133,7 +136,7 @@ class Run:
         raise NotImplementedError
 
     def means(self) -> dict[str, float]:
-        """What was measured in the epoch so far; `loss` among it."""
+        """What was measured in the period so far; `loss` among it."""
         return self.averages()
 
     def told(self, means: dict[str, float]) -> str:
@@ -141,7 +144,7 @@ class Run:
         return f"loss {means['loss']:.3f}"
 
     def end_epoch(self) -> None:
-        """Add a row to `rows`, and empty `sums`."""
+        """Add a row to `rows`, and empty `sums`: at the end of each period, by default an epoch."""
         raise NotImplementedError
 
     # What all have in common
@@ -179,8 +182,8 @@ class Run:
         self.scaler.update()
 
     def averages(self) -> dict[str, float]:
-        """`sums` of the epoch so far, mean over its steps and the processes."""
-        steps = (self.step - 1) % self.steps_per_epoch + 1
+        """`sums` of the period so far, mean over its steps and the processes."""
+        steps = (self.step - 1) % self.period + 1
         values = torch.stack(list(self.sums.values())) / steps / self.size
         if self.size > 1:
             dist.all_reduce(values)
@@ -231,6 +234,13 @@ class Run:
                 f"others, too), inputs or versions, and are left alone"
             )
 
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Which of the flags are true in any of the processes."""
+        found = torch.tensor(flags, dtype=torch.int32)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found]
+
     def stop(self) -> NoReturn:
         """End, as told by SIGTERM, once all is saved."""
         self.say(f"stopped at step {self.step}; run again to go on")
@@ -244,17 +254,15 @@ class Run:
 
         signal.signal(signal.SIGTERM, ask)
         self.start(state)
-        if self.step and len(self.rows) < self.step // self.steps_per_epoch:
+        if self.step and len(self.rows) < self.step // self.period:
             self.end_epoch()  # saved before it
         first, parts = self.step, self.accumulation
         if parts > 1:
             self.say(f"gradient accumulation: batch statistics are of {self.batch // parts} photos each")
         batches = Batches(len(self.samples), self.batch, self.epochs, self.seed, first, parts, self.rank, self.size)
-        # On the CPU the network needs the cores; one worker fetches ahead.
-        workers = max(1, self.threads - 1) if self.on_gpu else min(1, self.threads - 1)
         clock, last_save = _Clock(), time.monotonic()
         with (
-            Loader(self.samples, batches, workers, self.on_gpu) as found,
+            Loader(self.samples, batches, self.workers, self.on_gpu) as found,
             tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
             SummaryWriter(state.path.parent / "tensorboard", purge_step=first + 1)
             if self.rank == 0
@@ -266,12 +274,10 @@ class Run:
                 self.train_step(batch)
                 bar.update()
                 wants_save = time.monotonic() - last_save > checkpoint_seconds
-                asked = torch.tensor([self.asked_to_stop, wants_save], dtype=torch.int32)
-                if self.size > 1:
-                    dist.all_reduce(asked, dist.ReduceOp.MAX)  # all processes save and stop at the same step
+                asked = self.any_process(self.asked_to_stop, wants_save)  # all save and stop at the same step
                 epoch_ends = self.step % self.steps_per_epoch == 0
                 ends = self.step == self.total_steps
-                save = epoch_ends or ends or bool(asked.any())
+                save = epoch_ends or ends or any(asked)
                 log = self.step % log_every == 0 or ends
                 if save or log:
                     self.check_finite(state)
@@ -284,7 +290,7 @@ class Run:
                     last_save = time.monotonic()
                 if asked[0] and self.step < self.total_steps:
                     self.stop()
-                if epoch_ends:
+                if self.step % self.period == 0:
                     self.end_epoch()  # after saving: it may take long
         if self.step > first:
             seconds, wait = clock.total()
