@@ -234,7 +234,7 @@ def extra(command, inputs, output):
     if command.startswith("evaluate detection"):
         return "--predictions", output.parent / "predictions.json"
     if command == "attention":
-        return "--backbones", f"stage1={inputs['--backbone']}"
+        return "--backbones", f"stage1={inputs.get('--backbone', 'nowhere')}"
     return ()
 
 
