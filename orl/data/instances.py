@@ -71,7 +71,7 @@ class Instances:
         if isinstance(outline, dict):
             if isinstance(outline["counts"], list):
                 outline = rle.frPyObjects(outline, *outline["size"])
-            return cv2.resize(rle.decode(outline), size, interpolation=cv2.INTER_NEAREST)
+            return cv2.resize(rle.decode(outline), size, interpolation=cv2.INTER_NEAREST_EXACT)
         scale = np.divide(size, self.size[row])
         polygons = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in outline]
         return rle.decode(rle.merge(rle.frPyObjects(polygons, size[1], size[0])))
@@ -183,16 +183,51 @@ def _kept(value: dict[str, Any]) -> Any:
 
 
 def outline(value: Any) -> bytes:
-    """An outline as compact JSON: polygons of three points and more, or a run-length code; empty if it is neither."""
+    """An outline as compact JSON: polygons of three points and more, or a run-length code of any pixels; else empty."""
     if isinstance(value, list):
-        value = [
-            polygon
-            for polygon in value
-            if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and np.isfinite(polygon).all()
-        ]
-    elif not (isinstance(value, dict) and "size" in value and isinstance(value.get("counts"), (list, str))):
+        value = [one for one in value if _numbers(one) and len(one) >= 6 and len(one) % 2 == 0]
+    elif isinstance(value, dict):
+        size, runs = value.get("size", []), _runs(value.get("counts"))
+        # pycocotools does not check that the runs fill the mask, and leaves the rest as the memory is.
+        if not _numbers(size) or len(size) != 2 or runs.sum() != np.prod(size) or not runs[1::2].any():
+            value = None
+    else:
         value = None
     return json.dumps(value, separators=(",", ":")).encode() if value else b""
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a list of finite numbers."""
+    try:
+        array = np.array(value)
+    except ValueError:  # lists of different lengths
+        return False
+    return isinstance(value, list) and array.ndim == 1 and array.dtype.kind in "if" and bool(np.isfinite(array).all())
+
+
+def _runs(counts: Any) -> np.ndarray:
+    """Lengths of the runs of COCO's code, int64, background first; empty if it is no such code.
+
+    As text, a number is characters of five bits, the lowest first, each but the last marked by a sixth; from the fourth
+    number on it is the difference to the last but one.
+    """
+    none = np.zeros(0, np.int64)
+    if isinstance(counts, list):
+        runs = np.array(counts, np.int64) if all(type(one) is int for one in counts) else none
+    elif isinstance(counts, str) and counts.isascii():
+        code = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+        last = np.flatnonzero(code & 32 == 0)
+        if not len(last) or last[-1] != len(code) - 1:
+            return none
+        first = np.concatenate([[0], last[:-1] + 1])
+        shift = 5 * (np.arange(len(code)) - np.repeat(first, last - first + 1))
+        runs = np.add.reduceat((code & 31) << shift, first)
+        runs -= (code[last] >> 4 & 1) << shift[last] + 5
+        for start in (1, 2):
+            runs[start::2] = runs[start::2].cumsum()
+    else:
+        return none
+    return none if (runs < 0).any() else runs
 
 
 def _fits(outline: bytes, image: dict[str, Any]) -> bool:

@@ -1,10 +1,10 @@
 """Average precision of detected boxes and masks, by COCO's own evaluation."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ def evaluate(annotations: str | os.PathLike, predictions: str | os.PathLike | li
                 one["area"] = float(sides[0].annToMask(one).sum())
         box, mask = (_average(evaluation(*sides, kind)) for kind in ("bbox", "segm"))
     categories = sorted(content["categories"], key=lambda one: one["id"])
-    objects = [one["category_id"] for one in sides[0].anns.values() if not one["iscrowd"]]
+    objects = Counter(one["category_id"] for one in sides[0].anns.values() if not one["iscrowd"])
     return {
         "box": box[0],
         "mask": mask[0],
         "categories": [
-            {"name": one["name"], "id": one["id"], "objects": objects.count(one["id"]), "box_AP": a, "mask_AP": b}
+            {"name": one["name"], "id": one["id"], "objects": objects[one["id"]], "box_AP": a, "mask_AP": b}
             for one, a, b in zip(categories, box[1], mask[1], strict=True)
         ],
         "detections": len(found),
@@ -65,18 +65,18 @@ def evaluate(annotations: str | os.PathLike, predictions: str | os.PathLike | li
 def _tools(faster: bool) -> tuple[Any, Any]:
     """The classes COCO and COCOeval."""
     if not faster:
-        return (
-            importlib.import_module("pycocotools.coco").COCO,
-            importlib.import_module("pycocotools.cocoeval").COCOeval,
-        )
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
     try:
-        module = importlib.import_module("faster_coco_eval")
+        from faster_coco_eval import COCO, COCOeval_faster
     except ImportError:
         raise InputError(
             "compute.faster_coco_eval is true, but faster-coco-eval is not installed; pip install faster-coco-eval or "
             "set it to false."
         ) from None
-    return module.COCO, module.COCOeval_faster
+    return COCO, COCOeval_faster
 
 
 def _read(path: str | os.PathLike) -> Any:
@@ -102,13 +102,15 @@ def _check(path: str, what: str, found: Any, content: dict[str, Any], detected: 
         for key, listed in (("image_id", size), ("category_id", categories)):
             if one.get(key) not in listed:
                 raise InputError(f"{this} has {key} {one.get(key)}, which the annotations do not list; correct it.")
-        if not detected:
-            continue
-        if not isinstance(one.get("score"), int | float) or not np.isfinite([one["score"], *box]).all():
-            raise InputError(f"{this} needs a score and a bbox that are finite; make the file again.")
         outline = one.get("segmentation")
-        if not outline or isinstance(outline, dict) and outline.get("size") != size[one["image_id"]]:
-            raise InputError(f"{this} needs a segmentation of its photo's size; make the file again.")
+        if isinstance(outline, dict) and outline.get("size") != size[one["image_id"]]:
+            raise InputError(f"{this} has a mask of another size than its photo; correct it.")
+        if detected and not (
+            isinstance(outline, dict)
+            and isinstance(one.get("score"), int | float)
+            and np.isfinite([one["score"], *box]).all()
+        ):
+            raise InputError(f"{this} needs score, bbox and a run-length code as segmentation; make the file again.")
 
 
 def _indexed(coco: Any, content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
