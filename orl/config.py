@@ -507,6 +507,12 @@ class Segmentation(Section):
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
 
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "Segmentation":
+        if self.size > self.resize:
+            raise ValueError(f"size {self.size} does not fit into resize {self.resize}; make it smaller")
+        return self
+
 
 class Localization(Section):
     """Boxes found without labels, on the run's own photos whose objects are annotated."""

@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from orl import InputError
+from orl.data.decode import Exif, Photo, decode
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Instances:
                       self.outline_offsets, self.outline):  # fmt: skip
             digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def photo(self, row: int, exif: Exif) -> Photo:
+        """The pixels of photo `row`. Raises InputError if it is no photo, or of another size than listed."""
+        photo = decode(self.path[row], exif)
+        width, height = self.size[row].tolist()
+        if photo.shape[:2] != (height, width):
+            raise InputError(
+                f"{self.path[row]}: has {photo.shape[1]} x {photo.shape[0]} pixels, but {self.file} says {width} x "
+                f"{height}; correct it, or data.exif."
+            )
+        return photo
 
     def objects(self, row: int) -> np.ndarray:
         """Numbers of the objects of photo `row` that are no crowds: int64."""

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from torch.utils.data import Dataset, Subset
 from orl import InputError, artifacts
 from orl.config import Config, Detection, used
 from orl.data.ahead import read_ahead
-from orl.data.decode import Exif, Photo, decode, resize_crop
+from orl.data.decode import Exif, Photo, resize_crop
 from orl.data.instances import Instances, check_same_classes
 from orl.data.views import rng
 from orl.downstream import average_precision
 from orl.networks import backbones
 from orl.networks.detector import detector
 from orl.progress import track
+from orl.training import checkpoint
 from orl.training.batches import Batches, Loader, Samples
 from orl.training.checkpoint import State
 from orl.training.loop import Run, processes
@@ -46,17 +46,6 @@ def fit(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
     scale = min(short / min(size), long / max(size))
     width, height = (max(1, int(side * scale + 0.5)) for side in size)
     return width, height
-
-
-def _photo(photos: Instances, row: int, exif: Exif) -> Photo:
-    photo = decode(photos.path[row], exif)
-    width, height = photos.size[row].tolist()
-    if photo.shape[:2] != (height, width):
-        raise InputError(
-            f"{photos.path[row]}: has {photo.shape[1]} x {photo.shape[0]} pixels, but {photos.file} says {width} x "
-            f"{height}; correct it, or data.exif."
-        )
-    return photo
 
 
 def _resized(photo: Photo, size: tuple[int, int]) -> Photo:
@@ -93,7 +82,7 @@ class Boxes(Samples):
         epoch, number = key
         self.note(number)
         random, row = rng(self.seed, epoch, number, 0), int(self.rows[number])
-        photo = _photo(self.photos, row, self.exif)
+        photo = self.photos.photo(row, self.exif)
         before = (photo.shape[1], photo.shape[0])
         size = fit(before, int(random.choice(self.short_sides)), self.long_side)
         flip = random.random() < 0.5
@@ -137,7 +126,7 @@ class TestPhotos(Dataset):
         return len(self.photos)
 
     def __getitem__(self, row: int) -> Tensor:
-        photo = _photo(self.photos, row, self.exif)
+        photo = self.photos.photo(row, self.exif)
         photo = _resized(photo, fit((photo.shape[1], photo.shape[0]), self.short, self.long))
         return torch.from_numpy(photo).permute(2, 0, 1).contiguous()
 
@@ -415,7 +404,4 @@ def evaluate(
     }
     result = {"task": TASK, "model": name, "metrics": metrics, "settings": settings, "data": data}
     artifacts.write_json(output, result)
-    # The result is all that is wanted of it; what is left of a training with other settings stays.
-    shutil.rmtree(state / stamp["fingerprint"][:16], ignore_errors=True)
-    if not list(state.glob("*/checkpoint.pt")):
-        shutil.rmtree(state, ignore_errors=True)
+    checkpoint.remove(state, stamp["fingerprint"])  # the result is all that is wanted of it

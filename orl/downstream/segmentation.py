@@ -1,7 +1,6 @@
 """A linear layer on the frozen last stage names the class of each pixel."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch.utils.data import Dataset, Subset
 from orl import InputError, artifacts
 from orl.config import Config, used
 from orl.data.ahead import read_ahead
-from orl.data.decode import Exif, Photo, center_crop, decode, short_side
+from orl.data.decode import Exif, Photo, center_crop, short_side
 from orl.data.instances import Instances, check_same_classes
 from orl.data.views import rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pooled
 from orl.networks import backbones
+from orl.training import checkpoint
 from orl.training.batches import Samples
 from orl.training.checkpoint import State
 from orl.training.loop import Run, processes
@@ -78,13 +78,7 @@ def view(
 
     In the middle, or at random and, half of the time, flipped. Raises InputError: a photo of another size than listed.
     """
-    photo = decode(photos.path[row], exif)
-    if photo.shape[1::-1] != tuple(photos.size[row]):
-        raise InputError(
-            f"{photos.path[row]}: has {photo.shape[1]} x {photo.shape[0]} pixels, but {photos.file} says "
-            f"{photos.size[row, 0]} x {photos.size[row, 1]}; correct the file (or data.exif)."
-        )
-    photo = short_side(photo, resize)
+    photo = short_side(photos.photo(row, exif), resize)
     height, width = photo.shape[:2]
     both = [photo, label_map(photos, row, (width, height))]
     if random is None:
@@ -260,10 +254,6 @@ def evaluate(
     """
     section = config.downstream.segmentation
     check_same_classes(train, test)
-    if section.size > section.resize:
-        raise InputError(
-            f"downstream.segmentation.size: {section.size} does not fit into resize {section.resize}; make it smaller."
-        )
     for split in (train, test):
         if not len(split.with_objects()):
             raise InputError(f"{split.file}: has no object but crowds; name annotations that have objects.")
@@ -295,7 +285,4 @@ def evaluate(
         "left_out": {"train": train.left_out, "test": test.left_out},
     }
     artifacts.write_json(output, {"task": TASK, "model": name, "metrics": metrics, "settings": settings, "data": data})
-    # The result is all that is wanted of it; what is left of a training with other settings stays.
-    shutil.rmtree(state / stamp["fingerprint"][:16], ignore_errors=True)
-    if not list(state.glob("*/checkpoint.pt")):
-        shutil.rmtree(state, ignore_errors=True)
+    checkpoint.remove(state, stamp["fingerprint"])  # the result is all that is wanted of it

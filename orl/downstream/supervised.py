@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from orl.data.views import random_resized_crop, rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pool, pooled
 from orl.downstream.sets import chance, describe, preset_of
 from orl.networks import backbones
-from orl.training import ranks
+from orl.training import checkpoint, ranks
 from orl.training.augment import augment, draw
 from orl.training.batches import Samples
 from orl.training.checkpoint import State
@@ -324,7 +323,4 @@ def evaluate(
     metrics = {"top1": rows[-1]["top1"], "top5": rows[-1]["top5"], "chance_top1": chance(job.val), "epochs": rows}
     result = {"task": task, "model": model, "metrics": metrics, "settings": settings, "data": data}
     artifacts.write_json(output, result)
-    # The result is all that is wanted of it; what is left of a training with other settings stays.
-    shutil.rmtree(state / stamp["fingerprint"][:16], ignore_errors=True)
-    if not list(state.glob("*/checkpoint.pt")):
-        shutil.rmtree(state, ignore_errors=True)
+    checkpoint.remove(state, stamp["fingerprint"])  # the result is all that is wanted of it

@@ -6,6 +6,7 @@ never resume it, and going back to them finds it again.
 
 import fcntl
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,10 @@ class State:
         except Exception as error:  # torch raises many kinds
             detail = " ".join(str(error).split())[:120]
             raise InputError(f"{self.path}: damaged checkpoint ({detail}); delete it to train anew.") from None
+
+
+def remove(folder: Path, stamp: str) -> None:
+    """Delete the checkpoint of the run that `stamp` tells; the folder too, unless it has some of other settings."""
+    shutil.rmtree(folder / stamp[:16], ignore_errors=True)
+    if not list(folder.glob("*/checkpoint.pt")):
+        shutil.rmtree(folder, ignore_errors=True)

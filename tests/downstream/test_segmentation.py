@@ -349,8 +349,8 @@ def test_bad_input(root: Path, weights: Path, splits: tuple, tmp_path: Path) -> 
     output = tmp_path / "out" / "segmentation.json"
     with pytest.raises(InputError, match=r"shares 40 photos with"):
         run(settings(root), weights, (train, train), output)
-    with pytest.raises(InputError, match=r"downstream\.segmentation\.size: 80 does not fit into resize 66"):
-        run(settings(root, size=80), weights, splits, output)
+    with pytest.raises(InputError, match=r"downstream\.segmentation: size 80 does not fit into resize 66"):
+        settings(root, size=80)
     crowds = dataclasses.replace(test, crowd=np.ones_like(test.crowd))
     with pytest.raises(InputError, match=r"instances_val2017\.json: has no object but crowds"):
         run(settings(root), weights, (train, crowds), output)
