@@ -93,7 +93,7 @@ def lost(features: Tensor, expand: int, boxes: int) -> np.ndarray:
     degree = torch.cat([(part @ rows.T > 0).sum(1) for part in rows.split(ROWS)])
     order = degree.cpu().numpy().argsort(kind="stable")
     free = np.full((height, width), True)
-    found: list[tuple[int, ...]] = []
+    found: list[tuple] = []
     while len(found) < boxes and free.any():
         outside = order[free.ravel()[order]]
         seed, lowest = outside[0], rows[outside[:expand]]
