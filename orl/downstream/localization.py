@@ -93,7 +93,7 @@ def lost(features: Tensor, expand: int, boxes: int) -> np.ndarray:
     degree = torch.cat([(part @ rows.T > 0).sum(1) for part in rows.split(ROWS)])
     order = degree.cpu().numpy().argsort(kind="stable")
     free = np.full((height, width), True)
-    found: list[tuple[Any, ...]] = []
+    found: list[tuple] = []
     while len(found) < boxes and free.any():
         outside = order[free.ravel()[order]]
         seed, lowest = outside[0], rows[outside[:expand]]
@@ -252,7 +252,7 @@ def evaluate_model(
     numbers = steps(config.downstream.localization.boxes)
     boxes = list(_boxes(config, root, manifest, photos, backbone, threads))
     methods = {"lost": measures(boxes, objects, numbers)}
-    data = {"weights_fingerprint": artifacts.fingerprint(backbone), **data}
+    data = {"backbone": artifacts.fingerprint(backbone), **data}
     return _write(output, name, methods, numbers, used(config, TASK), annotations, data)
 
 
