@@ -252,7 +252,7 @@ def evaluate_model(
     numbers = steps(config.downstream.localization.boxes)
     boxes = list(_boxes(config, root, manifest, photos, backbone, threads))
     methods = {"lost": measures(boxes, objects, numbers)}
-    data = {"backbone": artifacts.fingerprint(backbone), **data}
+    data = {"weights_fingerprint": artifacts.fingerprint(backbone), **data}
     return _write(output, name, methods, numbers, used(config, TASK), annotations, data)
 
 
