@@ -35,7 +35,7 @@ from orl.training.loop import Run, processes
 TASK = "detection"
 BATCH = 16  # that the settings are given for
 SCHEDULES = {"1x": (90_000, [60_000, 80_000]), "2x": (180_000, [120_000, 160_000])}
-ROWS = 100  # points of the losses' curve, at most
+ROWS = 50  # points of the losses' curve, at most: each a mean, or it would be of noise
 
 
 def fit(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:

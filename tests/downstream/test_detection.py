@@ -283,6 +283,7 @@ def test_steps_are_sgds(root: Path, weights: Path) -> None:
 
 def test_precise_statistics_are_torchs(root: Path, weights: Path) -> None:
     one = run(settings(precise_bn=3), root, weights)
+    one.train_step([[one.samples[0, number] for number in range(4)]])
     other = copy.deepcopy(one)
     first = one.total_steps
     batches = list(Batches(8, 4, -(-(first + 3) // 2), 2, first))[:3]
@@ -425,6 +426,9 @@ def test_every_photo_is_tested(root: Path, weights: Path, tmp_path: Path) -> Non
         boxes = found["boxes"].numpy() * np.tile(photos.size[row] / size, 2)
         expected = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
         np.testing.assert_allclose([one["bbox"] for one in line], expected, atol=0.01)
+    one.rank, one.size = 1, 2  # the second of two processes
+    one.test(tmp_path)
+    assert [json.loads(line) for line in (tmp_path / "detections.1").read_text().splitlines()] == lines[1::2]
 
 
 def test_result(root: Path, weights: Path, tmp_path: Path) -> None:
