@@ -196,24 +196,21 @@ def _semi(args: argparse.Namespace, config: Config) -> None:
 
 
 def _detection(args: argparse.Namespace, config: Config) -> None:
-    from orl.data import instances
-
-    section = config.downstream.detection
-    train, test = _masks(args, config)
-    instances.check_same_classes(train, test)
-    gpus.start(args.gpus, section.batch, 1, args.threads, args.argv, 1)
     from orl.downstream import detection
 
+    train, test = _masks(args, config)
+    batch = detection.schedule(config.downstream.detection, len(train.with_objects())).batch
+    gpus.start(args.gpus, batch, 1, args.threads, args.argv, 1)
     files = (args.backbone, train, test, args.name, args.output, args.predictions)
     limits = args.threads, args.checkpoint_minutes, args.log_every
     detection.evaluate(config, *files, *limits, faster=bool(args.faster_coco_eval))
 
 
 def _segmentation(args: argparse.Namespace, config: Config) -> None:
-    train, test = _masks(args, config)
-    gpus.start(args.gpus, min(config.downstream.segmentation.batch, len(train)), 1, args.threads, args.argv)
     from orl.downstream import segmentation
 
+    train, test = _masks(args, config)
+    gpus.start(args.gpus, min(config.downstream.segmentation.batch, len(train)), 1, args.threads, args.argv)
     limits = args.threads, args.checkpoint_minutes, args.log_every
     segmentation.evaluate(config, args.backbone, train, test, args.name, args.output, *limits)
 

@@ -146,8 +146,8 @@ def read(root: str | os.PathLike, split: str) -> Instances:
     )
 
 
-def check_same_classes(train: Instances, test: Instances) -> None:
-    """Raises InputError unless two splits have the same categories, and share no photo."""
+def check_splits(train: Instances, test: Instances) -> None:
+    """Raises InputError unless two splits have the same categories, no photo in common, and each an object."""
     if train.classes != test.classes or (train.category_id != test.category_id).any():
         odd = sorted(set(zip(train.category_id.tolist(), train.classes, strict=True))
                      ^ set(zip(test.category_id.tolist(), test.classes, strict=True)))  # fmt: skip
@@ -155,6 +155,9 @@ def check_same_classes(train: Instances, test: Instances) -> None:
     shared = sorted(set(train.path) & set(test.path))
     if shared:
         raise InputError(f"{test.file}: shares {len(shared)} photos with {train.file}, the first {shared[0]}.")
+    for split in (train, test):
+        if split.crowd.all():
+            raise InputError(f"{split.file}: has no object but crowds; name annotations that have objects.")
 
 
 def read_json(path: str | os.PathLike, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from orl import InputError, artifacts
 from orl.config import Config, Detection, used
 from orl.data.ahead import read_ahead
 from orl.data.decode import Exif, Photo, resize_crop
-from orl.data.instances import Instances, check_same_classes
+from orl.data.instances import Instances, check_splits
 from orl.data.views import rng
 from orl.downstream import average_precision
 from orl.networks import backbones
@@ -75,8 +75,9 @@ class Boxes(Samples):
         return os.fspath(self.photos.path[self.rows[row]])
 
     def bytes_per_photo(self) -> int:
+        # Of the few photos with very many objects, no batch is full.
         pixels = (max(self.short_sides) + 7) * self.long_side
-        return pixels * 3 + pixels // 8 * int(np.diff(self.photos.first).max())
+        return pixels * 3 + pixels // 8 * int(np.percentile(np.diff(self.photos.first), 99))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         epoch, number = key
@@ -152,7 +153,7 @@ def schedule(section: Detection, photos: int) -> Schedule:
 
     Of another batch than 16 the learning rate is scaled linearly, and iterations inversely (Goyal et al., 2017).
     """
-    batch, (iterations, milestones) = min(section.batch, photos), SCHEDULES[section.schedule]
+    batch, (iterations, milestones) = min(section.batch, max(1, photos)), SCHEDULES[section.schedule]
     if section.iterations is not None and section.milestones is not None:
         iterations, milestones = section.iterations, section.milestones
     whole, *steps, warmup = (round(count * BATCH / batch) for count in (iterations, *milestones, section.warmup))
@@ -167,8 +168,6 @@ class _Run(Run):
     ) -> None:
         self.section = section = config.downstream.detection
         rows, exif = train.with_objects(), config.data.exif
-        if not len(rows):
-            raise InputError(f"{train.file}: has no photo with an object that is no crowd; name another split.")
         self.schedule = plan = schedule(section, len(rows))
         samples = Boxes(train, rows, section.short_sides, section.long_side, exif, config.seed)
         epochs = -(-plan.iterations // (len(rows) // plan.batch))
@@ -359,7 +358,7 @@ def evaluate(
     CPU what is resumed ends bit-equal (on GPUs RoIAlign's gradients add up in any order). The checkpoints lie beside
     `output` until it is written. `faster`: see `average_precision.evaluate`. Raises InputError.
     """
-    check_same_classes(train, test)
+    check_splits(train, test)
     section, settings = config.downstream.detection, used(config, TASK)
     inputs = {
         "weights": artifacts.fingerprint(weights),

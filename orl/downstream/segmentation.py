@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import Dataset, Subset
 
-from orl import InputError, artifacts
+from orl import artifacts
 from orl.config import Config, used
 from orl.data.ahead import read_ahead
 from orl.data.decode import Exif, Photo, center_crop, short_side
-from orl.data.instances import Instances, check_same_classes
+from orl.data.instances import Instances, check_splits
 from orl.data.views import rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pooled
 from orl.networks import backbones
@@ -253,10 +253,7 @@ def evaluate(
     the `threads`. SIGTERM saves a checkpoint beside `output` and exits 143. Raises InputError before any long work.
     """
     section = config.downstream.segmentation
-    check_same_classes(train, test)
-    for split in (train, test):
-        if not len(split.with_objects()):
-            raise InputError(f"{split.file}: has no object but crowds; name annotations that have objects.")
+    check_splits(train, test)
     fingerprints = {
         "weights": artifacts.fingerprint(weights),
         "data": f"{train.fingerprint()[:32]}{test.fingerprint()[:32]}",

@@ -271,13 +271,13 @@ def test_splits_that_do_not_go_together(tmp_path: Path) -> None:
     write(tmp_path, "train2017", content())
     train, other = instances.read(tmp_path, "train2017"), copy.deepcopy(content())
     write(tmp_path, "val2017", other)
-    instances.check_same_classes(train, instances.read(tmp_path, "val2017"))
+    instances.check_splits(train, instances.read(tmp_path, "val2017"))
     for key, value in (("name", "dog"), ("id", 3)):
         other = content()
         other["categories"][1][key] = value
         other["annotations"] = []
         write(tmp_path, "val2017", other)
         with pytest.raises(InputError, match=r"instances_val2017\.json: its categories must be those of .*, but one"):
-            instances.check_same_classes(train, instances.read(tmp_path, "val2017"))
+            instances.check_splits(train, instances.read(tmp_path, "val2017"))
     with pytest.raises(InputError, match=r"shares 3 photos with .*, the first .*c\.png"):
-        instances.check_same_classes(train, train)
+        instances.check_splits(train, train)

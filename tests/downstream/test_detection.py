@@ -360,7 +360,7 @@ def test_processes_must_divide_the_batch(root: Path, weights: Path, monkeypatch:
 def test_sets_that_cannot_be_used_are_refused(root: Path, weights: Path, tmp_path: Path) -> None:
     train, test = read(root)
     train.crowd[:] = True
-    with pytest.raises(InputError, match=r"instances_train2017\.json: has no photo with an object"):
+    with pytest.raises(InputError, match=r"instances_train2017\.json: has no object but crowds"):
         detection.evaluate(settings(), weights, train, test, "m", tmp_path / "a.json", tmp_path / "b.json", 1)
     with pytest.raises(InputError, match="shares 6 photos"):
         detection.evaluate(settings(), weights, test, test, "m", tmp_path / "a.json", tmp_path / "b.json", 1)
