@@ -65,3 +65,10 @@ def test_pairs_show_one_class_at_least_twice_as_often_as_random_pairs():
     at_random = np.mean((classes[a] == classes[b]) & (classes[a] > 0))
     print(f"pairs of one class: {matched:.3f}, of random {at_random:.3f}, boxes on objects {(classes > 0).mean():.2f}")
     assert matched >= 2 * at_random
+
+
+def test_attention_maps_are_on_the_page():
+    seen = json.loads((RESULTS / "attention" / "attention.json").read_text())
+    assert seen["models"] == ["random", "stage1", "orl"]
+    assert {photo["chosen"] for photo in seen["photos"]} == {"most paired by stage 2"}
+    assert "Attention maps" in (RESULTS / "report" / "index.html").read_text()
