@@ -766,6 +766,18 @@ def _plain(text: str) -> Any:
         return yaml.safe_load(text)
 
 
+def typed(value: Any) -> Any:
+    """A value of Snakemake's `--config`, inside of which numbers and booleans are text, as YAML has it."""
+    if isinstance(value, dict):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed(inner) for inner in value]
+    try:
+        return _plain(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
+
+
 def load(text: str) -> Config:
     """Settings from a YAML or JSON file, or from JSON text that starts with a brace. Raises InputError."""
     is_text = text.lstrip().startswith("{")

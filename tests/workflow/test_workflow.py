@@ -293,6 +293,14 @@ def test_fewer_gpus_rerun_nothing(finished):
     assert plan(finished, TINY, "--resources", "gpu=2") == {}
 
 
+def test_settings_on_the_command_line(finished):
+    """Snakemake hands on as text what is inside of braces."""
+    more = "stage3={patch: 16, optimizer: {lr: 0.5}}", "downstream={voc07_svm: {root: null, costs: [1.0e-2]}}", "seed=0"
+    assert plan(finished, TINY, "--config", *more) == {"stage3": 1, **SVM, "report": 1}
+    done = snakemake(finished, TINY, "--dry-run", "--config", "stage3={patch: small}")
+    assert "stage3.patch: input should be a valid integer (found 'small')" in done.stderr
+
+
 def test_one_stage_again(finished):
     assert plan(finished, TINY, "--forcerun", "neighbors") == {"neighbors": 1, **DISCOVERY}
     assert plan(finished, TINY, "--forcerun", "neighbors", "--until", "neighbors") == {"neighbors": 1}

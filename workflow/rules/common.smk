@@ -22,6 +22,7 @@ def unique(items):
     return list(dict.fromkeys(items))
 
 
+config = settings.merge(config, settings.typed(workflow.config_settings.config))
 try:
     RUN = settings.parse(config, "config")
     RUNS = settings.runs(config)
