@@ -246,8 +246,11 @@ def _localization(args: argparse.Namespace, config: Config) -> None:
 def _attention(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream.attention import draw
 
+    backbones = dict(args.backbones)
+    if len(backbones) < len(args.backbones):
+        raise InputError("--backbones: one name stands for several files; give each a name of its own.")
     gpus.take_one(args.gpus)
-    files = (dict(args.backbones), args.output, args.proposals, args.correspondences)
+    files = (backbones, args.output, args.proposals, args.correspondences)
     draw(config, args.root, args.manifest, *files, roi=args.roi)
 
 
@@ -522,7 +525,7 @@ def parser() -> argparse.ArgumentParser:
         "nargs": "+",
         "required": True,
         "metavar": "FILE",
-        "help": "COCO JSONs with the objects' boxes",
+        "help": "COCO JSONs with the objects' boxes, or folders of VOC XML files",
     }
     sub.add_argument("--annotations", **has_objects)
     sub.add_argument("--name", default="proposals", help="what the result calls them (default: %(default)s)")
@@ -551,11 +554,11 @@ def parser() -> argparse.ArgumentParser:
     read = ["downstream.segmentation", *masks, "seed", "precision", "data.exif"]
     trains(evaluates("segmentation", _segmentation, text, BACKBONE, settings=read))
     text = "find objects without labels, from a backbone's feature maps or by how stage 2 pairs proposals"
-    read = ["downstream.localization", "data.exif", "seed"]
+    read = ["downstream.localization", "data.exif"]
     sub = command(
         "localization", _localization, text, MANIFEST, NAME, output="JSON to write", settings=read, under=tasks
     )
-    sub.add_argument("--annotations", **{**has_objects, "help": f"{has_objects['help']}, or folders of VOC XML files"})
+    sub.add_argument("--annotations", **has_objects)
     sub.add_argument("--root", metavar="FOLDER", help=ROOT[2])
     sub.add_argument("--backbone", metavar="FILE", help=BACKBONE[2])
     sub.add_argument("--proposals", metavar="FILE", help=PROPOSALS[2])

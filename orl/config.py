@@ -84,8 +84,8 @@ class Data(Section):
     """Image folders under `root` (`coco`); each is a part of the manifest. COCO+ adds unlabeled2017."""
     annotations: dict[str, str] = {}
     """Per image folder, a COCO JSON under `root` that lists its photos (`coco`); without one, all its files."""
-    objects: list[str] = []
-    """What holds the boxes of the photos' objects, under `root`: COCO JSONs, or folders of VOC XML files."""
+    objects: Annotated[list[str], AfterValidator(_different)] = []
+    """COCO JSONs or folders of VOC XML files, under `root`, with the objects' boxes; none: those of `annotations`."""
     exif: Literal["ignore", "apply"] = "ignore"
     """Whether photos are turned as their EXIF orientation says; phone photos want `apply`."""
     scenes: Scenes = Scenes()

@@ -370,6 +370,10 @@ def test_a_file_of_another_kind_is_one_sentence(command, flag, settings, inputs,
             "needs either --backbone, or --proposals and --correspondences",
         ),
         (
+            "attention --root {root} --manifest {manifest} --backbones a={backbone} a={backbone}",
+            "--backbones: one name stands for several files",
+        ),
+        (
             "evaluate localization --name x --manifest {manifest} --annotations {annotations} --backbone {backbone}",
             "needs --root",
         ),

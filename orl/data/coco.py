@@ -108,7 +108,7 @@ def read_objects(path: str | os.PathLike) -> Objects:
     def keep(value: dict[str, Any]) -> Any:
         if "bbox" in value:  # a tuple takes less memory
             box = value["bbox"]
-            whole = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+            whole = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
             category = value.get("category_id")
             kind = category if type(category) is int and 0 <= category < 2**63 else -1
             return (str(value.get("image_id")), bool(value.get("iscrowd")), kind, *box) if whole else ()
@@ -126,14 +126,19 @@ def read_objects(path: str | os.PathLike) -> Objects:
         if one[0] not in row:
             raise InputError(f"{path}: has a box of image_id {one[0]}, which it does not list; correct the file.")
     sizes = [(image.get("width"), image.get("height")) for image in images]
+    known = [size if all(type(side) is int and 0 <= side < 2**31 for side in size) else (0, 0) for size in sizes]
     return Objects(
         [image["file_name"] for image in images],
-        np.array([size if all(type(s) is int for s in size) else (0, 0) for size in sizes], np.int64).reshape(-1, 2),
+        np.array(known, np.int64).reshape(-1, 2),
         np.array([row[one[0]] for one in objects], np.int64),
         np.array([one[3:] for one in objects], np.float64).reshape(-1, 4),
         np.array([one[1] for one in objects], bool),
         np.array([one[2] for one in objects], np.int64),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def _check_ids(photos: list[Photo]) -> None:

@@ -65,9 +65,10 @@ def _number(path: Path, element: ElementTree.Element, name: str, default: str = 
     text = element.findtext(name, default)
     try:
         value = float(text)
-        int(value)  # neither infinite nor no number
+        if not abs(value) < 2**31:  # nor is nan
+            raise ValueError
         return value
-    except (ValueError, OverflowError):
+    except ValueError:
         _refuse(path, f"no number in <{name}>" if text else f"an <{element.tag}> without <{name}>")
 
 

@@ -170,7 +170,7 @@ def draw(
         shown.append(Shown(row, box, chosen, input_size(whole, config.downstream.attention.side), shares))
     for path in models.values():  # before the long work
         backbones.load(path)
-    with _replaced(Path(output)) as folder, matplotlib.rc_context():
+    with _replaced(Path(output).resolve()) as folder, matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's matplotlibrc
         maps = [_maps(config, root, manifest, shown, path, name) for name, path in models.items()]
         files = [f"{number:02d}-{_safe(str(manifest.image_id[one.row]))}.png" for number, one in enumerate(shown, 1)]

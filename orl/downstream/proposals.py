@@ -145,10 +145,9 @@ def objects_of(
     if not good.any():
         why = f"; {other_size} photos have another size there" if other_size else ""
         raise InputError(f"{annotations[0]}: has no box on a photo of the manifest{why}; name the photos' annotations.")
-    if len(row_of) < len(stems):
-        twice = next(stem for row, stem in enumerate(stems) if row_of[stem] != row)
-        if row_of[twice] in listed:
-            raise InputError(f"{annotations[0]}: several photos of the manifest are named {twice!r}; rename them.")
+    twice = next((stem for row, stem in enumerate(stems) if row_of[stem] != row and row_of[stem] in listed), None)
+    if twice is not None:
+        raise InputError(f"{annotations[0]}: several photos of the manifest are named {twice!r}; rename them.")
     order = np.argsort(row[good], kind="stable")
     left_out = {
         "crowds": int(crowd.sum()),

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from orl import InputError
 from orl.data.coco import read_objects
 
 
@@ -30,6 +31,16 @@ def test_a_category_that_is_no_number_is_as_a_missing_one(tmp_path, category):
     one = {"image_id": 7, "bbox": [0, 0, 9, 9]}
     found = read(tmp_path, {**one, "category_id": category}, one, {**one, "category_id": 2**63 - 1})
     assert found.category.tolist() == [-1, -1, 2**63 - 1]
+
+
+def test_numbers_without_bounds(tmp_path):
+    """A size is then not given; a box is none."""
+    path = tmp_path / "instances.json"
+    image = {"id": 7, "file_name": "a.jpg", "width": 10**30, "height": 30}
+    path.write_text(json.dumps({"images": [image]}))
+    assert read_objects(path).size.tolist() == [[0, 0]]
+    with pytest.raises(InputError, match="has a bbox that is not x, y, w, h"):
+        read(tmp_path, {"image_id": 7, "bbox": [0, 0, 10**400, 9]})
 
 
 def test_a_file_that_only_lists_photos_has_no_object(tmp_path):

@@ -112,6 +112,8 @@ OUTSIDE = (
         (f"<annotation>{thing(box=(1, 2, 'x', 4))}</annotation>", "no number in <bndbox/xmax>"),
         (f"<annotation>{thing(box=(1, 2, 'nan', 4))}</annotation>", "no number in <bndbox/xmax>"),
         (f"<annotation>{thing(box=(1, 2, 3, 'inf'))}</annotation>", "no number in <bndbox/ymax>"),
+        (f"<annotation>{thing(box=(1, 2, 3, '1e300'))}</annotation>", "no number in <bndbox/ymax>"),
+        ("<annotation><size><width>1e300</width></size></annotation>", "no number in <size/width>"),
         (f"<annotation>{thing(name=' ')}</annotation>", "an object without name"),
         ("<annotation><size><width>wide</width></size></annotation>", "no number in <size/width>"),
     ],

@@ -315,6 +315,14 @@ def test_what_is_in_the_way_stays(draw, tmp_path):
     refused("out: is in the way", draw)
 
 
+def test_a_link_stays_one(draw, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    draw(photos=1)
+    assert (tmp_path / "out").is_symlink()
+    assert "attention.json" in files(tmp_path / "elsewhere")
+
+
 def test_a_photo_that_fails_leaves_the_former_run(draw, photos, manifest, tmp_path):
     draw(ids=[str(manifest.image_id[0])])
     before = files(tmp_path / "out")

@@ -514,6 +514,28 @@ def test_objects_of_photos_in_a_folder(tmp_path):
     assert {"localization": 3, "pair_boxes": 1, "pair_precision": 1, "proposals_recall": 1}.items() <= found.items()
 
 
+def test_objects_are_read_again_after_a_correction(tmp_path):
+    """data.objects stands instead of data.annotations; a folder's files count, whose change leaves its time alone."""
+    folder, xml = tmp_path / "xml", tmp_path / "xml" / "a.xml"
+    for path in ("train2017", "xml"):
+        (tmp_path / path).mkdir()
+    xml.write_text("<annotation/>")
+    (tmp_path / "a.json").write_text('{"images": [], "annotations": [{"bbox": []}]}')
+    data = {"layout": "coco", "root": ".", "annotations": {"train2017": "a.json"}, "objects": ["xml"]}
+    config = changed(data=data, downstream={"tasks": ["localization"]})
+    output = "results/tiny/downstream/proposals.json"
+    done = snakemake(tmp_path, config, "--dry-run", "--printshellcmds", output)
+    assert "--annotations xml --name" in done.stdout + done.stderr
+    for path in ("manifest.csv", "rejected.csv", "discovery/proposals.h5", "downstream/proposals.json"):
+        (tmp_path / "results" / "tiny" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / "tiny" / path).write_text("made")
+    before = folder.stat().st_mtime
+    assert plan(tmp_path, config, output, "--rerun-triggers", "mtime") == {}
+    os.utime(xml, (before + 1e6, before + 1e6))
+    assert folder.stat().st_mtime == before
+    assert plan(tmp_path, config, output, "--rerun-triggers", "mtime") == {"proposals_recall": 1}
+
+
 def test_data_are_fetched_on_request(tmp_path):
     """Into the folders of the config, which need not be there; nothing else comes with it."""
     data = {"layout": "coco", "root": str(tmp_path / "coco"), "annotations": {"train2017": "annotations/a.json"}}

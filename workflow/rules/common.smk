@@ -395,11 +395,20 @@ def semi_runs(wildcards):
 
 
 def objects():
-    """What holds the boxes of the photos' objects: the scenes' own file, or data.objects and those of data.annotations."""
+    """What holds the boxes of the photos' objects: the scenes' own file, data.objects, or else data.annotations."""
     if SCENES:
         return [f"{ROOT}/annotations/instances_train2017.json"]
     given = [str(Path(ROOT, part)) for part in RUN.data.objects]
-    return given + [file for file in annotations() if holds_boxes(file)]
+    return given or [file for file in annotations() if holds_boxes(file)]
+
+
+@cache
+def object_files():
+    """The inputs of what reads the objects; of a folder its newest file, too: correcting one leaves its time alone."""
+    folders = [Path(path) for path in objects() if Path(path).is_dir()]
+    inside = (list(folder.glob("*.xml")) for folder in folders)
+    newest = [max(files, key=os.path.getmtime) for files in inside if files]
+    return ROOT if SCENES else objects() + list(map(str, newest))
 
 
 @cache

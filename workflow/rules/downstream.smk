@@ -293,7 +293,7 @@ rule localization:
     input:
         manifest=of("manifest"),
         backbone=evaluated,
-        annotations=ROOT if SCENES else objects(),
+        annotations=object_files(),
     output:
         f"{RESULTS}/downstream/{{model}}{{v}}/localization.json",
     log:
@@ -319,7 +319,7 @@ rule pair_boxes:
         manifest=of("manifest"),
         proposals=of("proposals"),
         correspondences=of("correspondences"),
-        annotations=ROOT if SCENES else objects(),
+        annotations=object_files(),
     output:
         f"{RESULTS}/downstream/localization{{v}}.json",
     log:
@@ -387,7 +387,7 @@ rule proposals_recall:
     input:
         manifest=of("manifest"),
         proposals=of("proposals"),
-        annotations=ROOT if SCENES else objects(),
+        annotations=object_files(),
     output:
         f"{RESULTS}/downstream/proposals{{v}}.json",
     log:
@@ -409,7 +409,7 @@ rule pair_precision:
         manifest=of("manifest"),
         proposals=of("proposals"),
         correspondences=of("correspondences"),
-        annotations=ROOT if SCENES else objects(),
+        annotations=object_files(),
     output:
         f"{RESULTS}/downstream/pairs{{v}}.json",
     log:
