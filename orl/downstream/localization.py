@@ -7,6 +7,7 @@ similarities are inner products. Other than there:
 - Photos are resized, so that memory has a bound; there they are taken as they are.
 - A photo's features are centred channel by channel: after a ReLU none is negative, and the sign of a similarity would
   say nothing. There, one mean of all channels is taken out of all of them, and what all patches share stays.
+- A patch reaches half-way to the centres of those beside it; there, half a patch further right and down.
 - Of patches with the same degree, the first comes first.
 - More boxes than one: LOST again, with seed and expansion among the patches that lie in no box yet.
 """
@@ -34,7 +35,7 @@ from orl.progress import track
 
 TASK = "localization"
 IOU = 0.5
-PATCH = 16  # px: what a dilated ResNet's stages step over
+PATCH = 16  # px: what a dilated ResNet's stages step over; patch i sees around pixel 16 i
 LONG = 4  # times the setting `side`: the longest side of a resized photo
 ROWS = 4096  # patches whose similarities with all others are held at a time
 
@@ -116,6 +117,13 @@ def dilate(model: backbones.ResNet) -> None:
                 part.dilation = part.padding = (2, 2)
 
 
+def edges(count: int, side: int) -> np.ndarray:
+    """Where the `count` patches of a row or column meet, in an input of `side` pixels, and its ends: [count + 1]."""
+    found = PATCH * (np.arange(count + 1) - 0.5) + 0.5
+    found[[0, -1]] = 0, side
+    return found
+
+
 class _Photos(Dataset):
     """The photos of some rows, uint8 [h, w, 3]: the short side `side`, or less where the long one would be too long."""
 
@@ -153,13 +161,13 @@ def _boxes(
             features = model.stages(backbones.normalize(pixels))[-1][0]
             if not features.isfinite().all():
                 raise InputError(f"{backbone}: its features of {manifest.path[row]} are not finite; make it again.")
-            size = np.array([manifest.width[row], manifest.height[row]])
-            seen = np.array([photo.shape[1], photo.shape[0]])
-            corners = lost(features, section.expand, section.boxes).reshape(-1, 2, 2)
-            corners[:, 1] += corners[:, 0]
-            corners = np.minimum(corners * PATCH, seen) * (size / seen)  # the last patches reach beyond the photo
-            corners[:, 1] -= corners[:, 0]
-            yield corners.reshape(-1, 4)
+            sides = (photo.shape[1], manifest.width[row]), (photo.shape[0], manifest.height[row])
+            across, down = (
+                edges(count, side) * (whole / side)
+                for count, (side, whole) in zip(features.shape[:0:-1], sides, strict=True)
+            )
+            x, y, w, h = lost(features, section.expand, section.boxes).T
+            yield np.stack([across[x], down[y], across[x + w] - across[x], down[y + h] - down[y]], 1)
 
 
 def _write(

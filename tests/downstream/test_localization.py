@@ -14,7 +14,16 @@ from PIL import Image
 from orl import InputError, artifacts
 from orl.config import parse
 from orl.data.manifest import build
-from orl.downstream.localization import dilate, evaluate_model, evaluate_pairs, expected, lost, measures, pair_scores
+from orl.downstream.localization import (
+    dilate,
+    edges,
+    evaluate_model,
+    evaluate_pairs,
+    expected,
+    lost,
+    measures,
+    pair_scores,
+)
 from orl.networks import backbones
 
 # Measures
@@ -173,6 +182,24 @@ def test_every_other_pixel_of_a_dilated_map_is_that_of_the_stride(name):
     assert fine.shape[2:] == (5, 7)  # 16 px each, the last beyond the photo
     torch.testing.assert_close(fine[..., ::2, ::2], plain)
     assert not torch.equal(fine[..., 1::2, ::2], plain[..., :2, :])
+
+
+@pytest.mark.parametrize("side", [193, 200, 208])
+def test_patches_lie_where_they_see(side):
+    """Around the middle of what a patch of a dilated map depends on, of a network whose weights are all equal."""
+    model = backbones.backbone("resnet10").eval()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.constant_(part.weight, 1 / part.weight[0].numel())
+    dilate(model)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    row = model.stages(image)[-1][0, :, 6].sum(0)
+    row[6].backward()
+    weight = image.grad.sum((0, 1, 2)).double()
+    middle = (weight * (torch.arange(side) + 0.5)).sum() / weight.sum()
+    found = edges(len(row), side)
+    assert (found[0], found[-1]) == (0, side)
+    assert abs(middle - found[6:8].mean()) < 2  # a patch is 16 wide
 
 
 # Proposals ranked by pairs, in files
