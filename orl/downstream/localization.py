@@ -211,14 +211,8 @@ def evaluate_pairs(
     order in which they were kept; `whole`: the photo as its only box.
     Raises InputError, having written nothing, where files do not belong together or no object is left.
     """
-    manifest = artifacts.read_manifest(manifest_path)
-    proposals = artifacts.read_proposals(proposals_path)
-    found = artifacts.read_correspondences(correspondences_path)
+    manifest, proposals, found = artifacts.read_stage2(manifest_path, proposals_path, correspondences_path)
     offsets = np.array(proposals.box_offsets)
-    artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), os.fspath(manifest_path))
-    artifacts.check_rows(correspondences_path, len(found.neighbor), len(manifest), os.fspath(manifest_path))
-    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
-    artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
     photos, objects, data = _objects(manifest, annotations)
     boxes = [np.asarray(proposals.box[offsets[row] : offsets[row + 1]]) for row in photos]
     score = pair_scores(found, offsets)

@@ -53,14 +53,8 @@ def evaluate(
     neighbours alone.
     Raises InputError, having written nothing, where files do not belong together or no object is left.
     """
-    manifest = artifacts.read_manifest(manifest_path)
-    proposals = artifacts.read_proposals(proposals_path)
-    found = artifacts.read_correspondences(correspondences_path)
+    manifest, proposals, found = artifacts.read_stage2(manifest_path, proposals_path, correspondences_path)
     offsets, k = np.array(proposals.box_offsets), found.neighbor.shape[1]
-    artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), os.fspath(manifest_path))
-    artifacts.check_rows(correspondences_path, len(found.neighbor), len(manifest), os.fspath(manifest_path))
-    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
-    artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
     row, box, category, left_out = objects_of(manifest, annotations)
     if (category < 0).any():
         named = ", ".join(map(str, annotations))
