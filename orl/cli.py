@@ -210,7 +210,8 @@ def _segmentation(args: argparse.Namespace, config: Config) -> None:
     from orl.downstream import segmentation
 
     train, test = _masks(args, config)
-    gpus.start(args.gpus, min(config.downstream.segmentation.batch, len(train)), 1, args.threads, args.argv)
+    batch = min(config.downstream.segmentation.batch, len(train))
+    gpus.start(args.gpus, batch, 1, args.threads, args.argv, 1)
     limits = args.threads, args.checkpoint_minutes, args.log_every
     segmentation.evaluate(config, args.backbone, train, test, args.name, args.output, *limits)
 

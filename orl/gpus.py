@@ -107,7 +107,7 @@ def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2) -> in
     each gets whole ones. Raises InputError if the step cannot be cut for accumulation.
     """
     photos = batch // accumulation
-    if batch % accumulation or photos < 2:
+    if batch % accumulation or photos < min(2, group):
         raise InputError(
             f"optimizer.accumulation is {accumulation}, which does not divide optimizer.batch, {batch}, into parts of "
             f"at least 2 photos; change one."

@@ -237,6 +237,10 @@ def test_each_process_gets_whole_groups(granted, photos, group):
     assert not any(fits[n] for n in range(found + 1, granted + 1))
 
 
+def test_one_photo_trains_where_one_is_enough():
+    assert gpus.ranks(4, 1, 1, 1) == 1
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(512, 3), (4, 4), (4, 8)])
 def test_parts_of_a_step_are_equal_and_hold_two_photos(batch, accumulation):
     text = rf"optimizer\.accumulation is {accumulation}, which does not divide optimizer\.batch, {batch}, into parts of"

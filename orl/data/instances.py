@@ -15,6 +15,8 @@ from pycocotools import mask as rle
 from orl import InputError
 from orl.data.decode import Exif, Photo, decode
 
+FURTHEST = 1e5  # pixels; filling a polygon takes memory for each that its sides cross, outside of the photo, too
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -198,9 +200,13 @@ def _kept(value: dict[str, Any]) -> Any:
 
 
 def outline(value: Any) -> bytes:
-    """An outline as compact JSON: polygons of three points and more, or a run-length code of any pixels; else empty."""
+    """An outline as compact JSON: polygons of three points and more, or a run-length code of any pixels; else empty.
+
+    A polygon with a point that lies FURTHEST away, or further, is none.
+    """
     if isinstance(value, list):
         value = [one for one in value if _numbers(one) and len(one) >= 6 and len(one) % 2 == 0]
+        value = [one for one in value if max(map(abs, one)) < FURTHEST]
     elif isinstance(value, dict):
         size, runs = value.get("size", []), _runs(value.get("counts"))
         # pycocotools does not check that the runs fill the mask, and leaves the rest as the memory is.
@@ -228,7 +234,7 @@ def _runs(counts: Any) -> np.ndarray:
     """
     none = np.zeros(0, np.int64)
     if isinstance(counts, list):
-        runs = np.array(counts, np.int64) if all(type(one) is int for one in counts) else none
+        runs = np.array(counts, np.int64) if all(type(one) is int and abs(one) < 2**32 for one in counts) else none
     elif isinstance(counts, str) and counts.isascii():
         code = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
         last = np.flatnonzero(code & 32 == 0)
@@ -254,8 +260,9 @@ def _check_ids(path: str | os.PathLike, content: dict[str, Any], what: str, key:
     seen = set()
     for number, one in enumerate(content[what]):
         value = one.get(key) if isinstance(one, dict) else None
-        if type(value) is not kind:
-            raise InputError(f"{path}: {what}[{number}] needs {key!r}, {'a number' if kind is int else 'a text'}.")
+        if type(value) is not kind or (isinstance(value, int) and abs(value) >= 2**63):
+            wanted = "a number of 64 bits" if kind is int else "a text"
+            raise InputError(f"{path}: {what}[{number}] needs {key!r}, {wanted}.")
         if value in seen:
             raise InputError(f"{path}: {what} has {key} {value!r} twice; correct the file.")
         seen.add(value)

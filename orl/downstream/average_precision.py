@@ -46,7 +46,7 @@ def evaluate(annotations: str | os.PathLike, predictions: str | os.PathLike | li
             _indexed(coco, content, found),
         ]
         for one in sides[0].anns.values():
-            if "area" not in one:
+            if not isinstance(one.get("area"), int | float):
                 one["area"] = float(sides[0].annToMask(one).sum())
         box, mask = (_average(evaluation(*sides, kind)) for kind in ("bbox", "segm"))
     categories = sorted(content["categories"], key=lambda one: one["id"])
@@ -100,7 +100,7 @@ def _check(path: str, what: str, found: Any, content: dict[str, Any], detected: 
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
             raise InputError(f"{this} needs image_id, category_id and bbox; correct the file.")
         for key, listed in (("image_id", size), ("category_id", categories)):
-            if one.get(key) not in listed:
+            if not isinstance(one.get(key), int) or one[key] not in listed:
                 raise InputError(f"{this} has {key} {one.get(key)}, which the annotations do not list; correct it.")
         outline = one.get("segmentation")
         if isinstance(outline, dict) and outline.get("size") != size[one["image_id"]]:

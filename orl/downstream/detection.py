@@ -27,7 +27,7 @@ from orl.downstream import average_precision
 from orl.networks import backbones
 from orl.networks.detector import detector
 from orl.progress import track
-from orl.training import checkpoint
+from orl.training import checkpoint, ranks
 from orl.training.batches import Batches, Loader, Samples
 from orl.training.checkpoint import State
 from orl.training.loop import Run, processes
@@ -367,6 +367,8 @@ def evaluate(
     }
     state, stamp = Path(f"{output}.state"), artifacts.stamp("orl.detection/1", settings, inputs)
     with processes():
+        if ranks.rank() == 0:
+            average_precision.evaluate(test.file, [], faster)  # what cannot be evaluated shows before the long work
         run = _Run(config, weights, train, test, threads)
         kept = State(state, stamp["fingerprint"], lock=run.rank == 0)
         if not kept.path.exists():

@@ -247,7 +247,7 @@ class Run:
         sys.exit(128 + signal.SIGTERM)
 
     def loop(self, state: State, checkpoint_seconds: float, log_every: int) -> None:
-        """Train to the end; saves on a clock, at epoch ends and on SIGTERM."""
+        """Train to the end; saves on a clock, at the end of each period and on SIGTERM."""
 
         def ask(*_: object) -> None:
             self.asked_to_stop = True
@@ -275,9 +275,8 @@ class Run:
                 bar.update()
                 wants_save = time.monotonic() - last_save > checkpoint_seconds
                 asked = self.any_process(self.asked_to_stop, wants_save)  # all save and stop at the same step
-                epoch_ends = self.step % self.steps_per_epoch == 0
-                ends = self.step == self.total_steps
-                save = epoch_ends or ends or any(asked)
+                period_ends, ends = self.step % self.period == 0, self.step == self.total_steps
+                save = period_ends or ends or any(asked)
                 log = self.step % log_every == 0 or ends
                 if save or log:
                     self.check_finite(state)
@@ -290,7 +289,7 @@ class Run:
                     last_save = time.monotonic()
                 if asked[0] and self.step < self.total_steps:
                     self.stop()
-                if self.step % self.period == 0:
+                if period_ends:
                     self.end_epoch()  # after saving: it may take long
         if self.step > first:
             seconds, wait = clock.total()

@@ -185,9 +185,9 @@ def test_large_runs() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, "abc", {}, [3], [["1"] * 6], [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, float("inf")]], [[[1, 2]] * 6],
-     [[[1], 2, 3, 4, 5, 6]], {"size": [2, 2], "counts": [1, -1, 4]}, {"size": [2, 2], "counts": [1.0, 3.0]},
-     {"size": [2, 2], "counts": "\xff"}, {"size": [2, 2], "counts": "P"}, {"size": [2, 2], "counts": []}],
+    [None, 3, "abc", {}, [3], [["1"] * 6], [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, float("inf")]],
+     [[1, 2, 3, 4, 5, -1e9]], [[[1, 2]] * 6], [[[1], 2, 3, 4, 5, 6]],
+     *({"size": [2, 2], "counts": one} for one in ([1, -1, 4], [1.0, 3.0], [2**63, 4], [-(2**64)], "\xff", "P", []))],
 )  # fmt: skip
 def test_what_is_no_outline(value: Any) -> None:
     assert instances.outline(value) == b""
@@ -235,6 +235,7 @@ def put(*keys: Any) -> Callable[[dict], None]:
         (put("images", 1, "width", 0), r"images\[1\] needs width and height"),
         (put("images", 1, 3), r"images\[1\] needs width and height"),
         (put("images", 1, "id", 7), "images has id 7 twice"),
+        (put("images", 1, "id", 2**63), r"images\[1\] needs 'id', a number"),
         (put("images", 1, "file_name", "g.png"), r"images has file_name 'g\.png' twice"),
         (put("categories", 1, "id", "2"), r"categories\[1\] needs 'id', a number"),
         (put("categories", 1, "name", "brush"), "categories has name 'brush' twice"),

@@ -206,8 +206,9 @@ def test_annotations_that_pycocotools_gets_wrong(folder: Path, tmp_path: Path, f
     wrong = by_hand_if_it_runs(tmp_path / "truth.json", folder / "found.json")
     assert wrong != pytest.approx(reference[0][:6])
 
-    for one in truth["annotations"]:  # sizes of masks, where no area is given
+    for number, one in enumerate(truth["annotations"]):  # sizes of masks, where no area is given
         one.pop("area", None)
+        one.update({"area": (None, "9")[number % 2]} if number % 3 else {})
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     coco = COCO(str(folder / "truth.json"))
     exact = json.loads((folder / "truth.json").read_text())
@@ -240,6 +241,7 @@ def put(key: str, value: object) -> Callable[[list], object]:
     ("change", "message"),
     [
         (put("image_id", 1), r"detections\[2\] has image_id 1, which the annotations do not list"),
+        (put("category_id", [4]), r"detections\[2\] has category_id \[4\], which the annotations do not list"),
         (put("category_id", 4), r"detections\[2\] has category_id 4, which the annotations do not list"),
         (put("bbox", [1, 2]), r"detections\[2\] needs image_id, category_id and bbox"),
         (put("bbox", [1, 2, 3, float("inf")]), r"detections\[2\] needs score, bbox and a run-length code"),

@@ -26,6 +26,7 @@ from orl.downstream import detection
 from orl.networks import backbones
 from orl.training import ranks
 from orl.training.batches import Batches, Loader
+from orl.training.checkpoint import State
 from orl.training.loop import DivergedError
 
 CATEGORIES = {3: ("red", (220, 30, 30)), 7: ("green", (30, 220, 30)), 50: ("blue", (30, 30, 220))}  # ids with gaps
@@ -216,6 +217,26 @@ def test_photos_of_other_sizes_are_refused(root: Path, weights: Path, tmp_path: 
     assert not kept or split == "train2017"
 
 
+def test_what_the_test_needs_is_missed_before_the_training(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(tree: Path, **limits: bool) -> None:
+        evaluate(settings(), tree, weights, tmp_path / "out.json", **limits)
+
+    tree = tmp_path / "tree"
+    shutil.copytree(root, tree)
+    file = tree / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0].update(bbox=[1, 1, 0, 0], segmentation={"size": [3, 3], "counts": [1, 8]})
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"annotations\[0\] has a mask of another size than its photo"):
+        evaluated(tree)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(InputError, match=r"compute\.faster_coco_eval is true, but"):
+        evaluated(root, faster=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
 # Schedule
 
 
@@ -343,6 +364,25 @@ def test_a_job_told_to_end_goes_on_bit_equal(
         "whole.json",
         "whole.predictions.json",
     ]
+
+
+def test_it_is_saved_at_each_point_of_the_curve(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after each epoch, which may be few steps; one that ends in the middle of a point goes on bit-equal."""
+    monkeypatch.setattr(detection, "ROWS", 2)  # of 4 steps each
+    saved, save = [], State.save
+    monkeypatch.setattr(State, "save", lambda self, state: (saved.append(state["step"]), save(self, state)))
+    whole = evaluate(settings(), root, weights, tmp_path / "whole.json")
+    assert saved == [4, 8]
+    assert [row["iteration"] for row in whole["metrics"]["rows"]] == saved
+    for at in (3, 4):
+        with monkeypatch.context() as patch:
+            interrupt(patch, "train_step", at)
+            with pytest.raises(SystemExit, match="143"):
+                evaluate(settings(), root, weights, tmp_path / "broken.json")
+    assert saved == [4, 8, 3, 4, 7]
+    assert evaluate(settings(), root, weights, tmp_path / "broken.json") == whole
 
 
 def test_a_loss_that_is_not_finite_ends_it(root: Path, weights: Path, tmp_path: Path) -> None:
