@@ -250,7 +250,7 @@ def evaluate(
     """Train the linear layer on `train`, test it on `test`, and write the result of the model `name`.
 
     Metrics: those of `scores`, and `epochs`, each with its `loss`. Under torchrun its processes share each batch, and
-    the `threads`. SIGTERM saves a checkpoint beside `output` and exits 143. Raises InputError before any long work.
+    the `threads`. SIGTERM saves a checkpoint beside `output` and exits 143. Raises InputError.
     """
     section = config.downstream.segmentation
     check_splits(train, test)
