@@ -510,7 +510,8 @@ def test_objects_of_photos_in_a_folder(tmp_path):
     data = {"layout": "folder", "root": str(photos)}
     tasks = {"tasks": ["localization"]}
     assert "localization" not in plan(tmp_path, changed(data=data, downstream=tasks))
-    found = plan(tmp_path, changed(data={**data, "objects": ["../Annotations"]}, downstream=tasks))
+    data |= {"objects": ["../Annotations"], "annotations": {"train2017": "of/another/layout.json"}}
+    found = plan(tmp_path, changed(data=data, downstream=tasks))
     assert {"localization": 3, "pair_boxes": 1, "pair_precision": 1, "proposals_recall": 1}.items() <= found.items()
 
 

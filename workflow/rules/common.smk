@@ -258,8 +258,9 @@ def trained(file):
 
 
 def annotations():
-    """The COCO files of data.annotations."""
-    return [str(Path(ROOT, file)) for file in RUN.data.annotations.values()]
+    """The COCO files of data.annotations, which are for that layout alone."""
+    files = RUN.data.annotations.values() if RUN.data.layout == "coco" else ()
+    return [str(Path(ROOT, file)) for file in files]
 
 
 def labels(v=""):
