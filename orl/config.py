@@ -767,15 +767,15 @@ def _plain(text: str) -> Any:
 
 
 def typed(value: Any) -> Any:
-    """A value of Snakemake's `--config`, inside of which numbers and booleans are text, as YAML has it."""
+    """A value of Snakemake's `--config`, which hands on as text what is in braces: numbers, true, false and null."""
     if isinstance(value, dict):
         return {key: typed(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [typed(inner) for inner in value]
     try:
-        return _plain(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        return value
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # 000000000017 among it, which YAML takes for 15
 
 
 def load(text: str) -> Config:

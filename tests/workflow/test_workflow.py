@@ -295,8 +295,8 @@ def test_fewer_gpus_rerun_nothing(finished):
 
 def test_settings_on_the_command_line(finished):
     """Snakemake hands on as text what is inside of braces."""
-    more = "stage3={patch: 16, optimizer: {lr: 0.5}}", "downstream={voc07_svm: {root: null, costs: [1.0e-2]}}", "seed=0"
-    assert plan(finished, TINY, "--config", *more) == {"stage3": 1, **SVM, "report": 1}
+    downstream = "downstream={voc07_svm: {costs: [1e-2]}, attention: {ids: [000017]}}"
+    assert plan(finished, TINY, "--config", "stage3={patch: 16, optimizer: {lr: 0.5}}", downstream) == {"stage3": 1, **SVM, "report": 1}
     done = snakemake(finished, TINY, "--dry-run", "--config", "stage3={patch: small}")
     assert "stage3.patch: input should be a valid integer (found 'small')" in done.stderr
 
