@@ -296,7 +296,8 @@ def test_fewer_gpus_rerun_nothing(finished):
 def test_settings_on_the_command_line(finished):
     """Snakemake hands on as text what is inside of braces."""
     downstream = "downstream={voc07_svm: {costs: [1e-2]}, attention: {ids: [000017]}}"
-    assert plan(finished, TINY, "--config", "stage3={patch: 16, optimizer: {lr: 0.5}}", downstream) == {"stage3": 1, **SVM, "report": 1}
+    jobs = plan(finished, TINY, "--config", "stage3={patch: 16, optimizer: {lr: 0.5}}", downstream)
+    assert jobs == {"stage3": 1, **SVM, "report": 1}
     done = snakemake(finished, TINY, "--dry-run", "--config", "stage3={patch: small}")
     assert "stage3.patch: input should be a valid integer (found 'small')" in done.stderr
 
