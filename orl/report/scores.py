@@ -39,7 +39,8 @@ METHODS = {  # of finding boxes, in the order of the table
 }
 DISCOVERY = (
     "Boxes found without labels. CorLoc: the share of photos whose first box overlaps an annotated object by an IoU of "
-    "at least 0.5; detection rate: the share of objects that one of their photo's first n boxes overlaps as much."
+    "at least 0.5; detection rate: the share of objects that one of their photo's first n boxes overlaps as much. "
+    "LOST: seed expansion on a model's last feature map (Siméoni et al., 2021)."
 )
 SPREADS = {"voc07_lowshot": "samples of the training photos", "semi": "runs"}
 PROTOCOLS = {
