@@ -161,7 +161,7 @@ def plan(args: argparse.Namespace, folder: str) -> None:
     for name in outputs:
         file = Path(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        (file.touch if file.suffix else file.mkdir)()  # the attention maps are a folder
     make_up_manifest(os.path.join(folder, "results", config["name"], "manifest.csv"), args.count)
     snakemake("--touch", "--forceall", "--cores", "1")
     seconds = []

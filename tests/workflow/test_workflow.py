@@ -458,7 +458,7 @@ def test_every_task_on_every_model(copy):
 
 
 def test_every_task_about_objects(copy):
-    """With masks or boxes, of random and trained weights; attention maps, and weights for other frameworks."""
+    """With masks or boxes; attention maps, and weights for other frameworks."""
     downstream = {
         "tasks": ["detection", "segmentation", "localization", "attention"],
         "detection": {"iterations": 1, "milestones": [], "warmup": 0, "batch": 4, "short_sides": [64], "test_side": 64,
@@ -467,22 +467,21 @@ def test_every_task_about_objects(copy):
         "localization": {"side": 64, "boxes": 2},
         "attention": {"side": 96, "photos": 2},
     }  # fmt: skip
-    measure = ["random", "pairs", "orl"]
+    measure = ["pairs", "orl"]  # several models are no different, but take longer
     settings = changed(measure=measure, downstream=downstream, export=["timm", "detectron2"], compute={"threads": 1})
     done = snakemake(copy, settings)
     assert done.returncode == 0, done.stdout + done.stderr
     results = copy / "results" / "tiny"
     page = (results / "report" / "index.html").read_text()
-    for model in ("random", "orl"):
-        for task in ("detection", "segmentation", "localization"):
-            result = artifacts.read_results(results / "downstream" / model / f"{task}.json")
-            assert (result["task"], result["model"]) == (task, model)
-            assert result["settings"]["version"]
-        found = json.loads((results / "downstream" / model / "detection.predictions.json").read_text())
-        assert all({"image_id", "category_id", "bbox", "score", "segmentation"} <= set(one) for one in found)
+    for task in ("detection", "segmentation", "localization"):
+        result = artifacts.read_results(results / "downstream" / "orl" / f"{task}.json")
+        assert (result["task"], result["model"]) == (task, "orl")
+        assert result["settings"]["version"]
+    found = json.loads((results / "downstream" / "orl" / "detection.predictions.json").read_text())
+    assert all({"image_id", "category_id", "bbox", "score", "segmentation"} <= set(one) for one in found)
     assert artifacts.read_results(results / "downstream" / "localization.json")["model"] == "pairs"
     seen = json.loads((results / "attention" / "attention.json").read_text())
-    assert (seen["models"], len(seen["photos"])) == (["random", "orl"], 2)
+    assert (seen["models"], len(seen["photos"])) == (["orl"], 2)
     assert all((results / "attention" / photo["file"]).exists() for photo in seen["photos"])
     assert {path.name for path in (results / "models" / "orl").iterdir()} >= {"timm.safetensors", "detectron2.pth"}
     for title in ("Box AP", "Mask AP", "Segmentation", "Object discovery", "Attention maps"):
@@ -493,12 +492,11 @@ def test_every_task_about_objects(copy):
         return plan(copy, changed(**{**settings, "downstream": {**downstream, **change}}))
 
     assert after() == {}
-    assert after(detection={**downstream["detection"], "lr": 0.01}) == {"detection": 2, "report": 1}
-    assert after(detection={**downstream["detection"], "test": "train2017"}) == {
-        "detection": 2, "segmentation": 2, "report": 1}  # fmt: skip
-    assert after(localization={"side": 64, "boxes": 3}) == {"localization": 2, "pair_boxes": 1, "report": 1}
-    assert after(localization={"side": 96, "boxes": 2}) == {"localization": 2, "report": 1}
-    assert after(attention={"side": 96, "photos": 3}) == {"attention": 1, "report": 1}
+    other = {**downstream["detection"], "test": "train2017"}
+    assert after(detection=other, attention={"side": 96, "photos": 3}) == {
+        "detection": 1, "segmentation": 1, "attention": 1, "report": 1}  # fmt: skip
+    assert after(localization={"side": 64, "boxes": 3}) == {"localization": 1, "pair_boxes": 1, "report": 1}
+    assert after(localization={"side": 96, "boxes": 2}) == {"localization": 1, "report": 1}
     faster = changed(**{**settings, "compute": {"threads": 1, "faster_coco_eval": True}})
     assert plan(copy, faster) == {}
 
