@@ -1,5 +1,6 @@
 """Snakemake for real on a handful of scenes: what a run makes, and what reruns after which change."""
 
+import fcntl
 import json
 import os
 import re
@@ -70,10 +71,18 @@ def plan(folder, config, *arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run; tests that change it copy it."""
-    folder = tmp_path_factory.mktemp("run")
-    done = snakemake(folder, TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """A finished run; tests that change it copy it. Each process of the tests has a copy of what one of them makes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = tmp_path_factory.mktemp("run") / "finished"
+    with open(base / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "finished").exists():
+            (base / "making").mkdir(exist_ok=True)
+            done = snakemake(base / "making", TINY)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (base / "making").rename(base / "finished")
+        shutil.copytree(base / "finished", folder, symlinks=True)
     return folder
 
 
