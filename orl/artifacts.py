@@ -460,15 +460,21 @@ def read_correspondences(path: str | os.PathLike) -> Correspondences:
     return Correspondences(*_read(path, CORRESPONDENCES))
 
 
+def read_boxes(manifest_path: str | os.PathLike, proposals_path: str | os.PathLike) -> tuple[Manifest, Proposals]:
+    """Read a manifest and proposals of its photos. Raises InputError where they do not belong together."""
+    manifest, proposals = read_manifest(manifest_path), read_proposals(proposals_path)
+    check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), os.fspath(manifest_path))
+    check_input(proposals_path, "manifest", fingerprint(manifest_path))
+    return manifest, proposals
+
+
 def read_stage2(
     manifest_path: str | os.PathLike, proposals_path: str | os.PathLike, correspondences_path: str | os.PathLike
 ) -> tuple[Manifest, Proposals, Correspondences]:
     """Read three files that belong together. Raises InputError where they do not."""
-    manifest, proposals = read_manifest(manifest_path), read_proposals(proposals_path)
+    manifest, proposals = read_boxes(manifest_path, proposals_path)
     found = read_correspondences(correspondences_path)
-    check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), os.fspath(manifest_path))
     check_rows(correspondences_path, len(found.neighbor), len(manifest), os.fspath(manifest_path))
-    check_input(proposals_path, "manifest", fingerprint(manifest_path))
     check_input(correspondences_path, "proposals", fingerprint(proposals_path))
     return manifest, proposals, found
 

@@ -1,6 +1,8 @@
 """Photos of any folder, searched recursively."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from orl import InputError
@@ -61,3 +63,11 @@ def list_photos(root: str | os.PathLike) -> list[Photo]:
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; name the folder of the photos.")
     return [Photo(path, path, path.rpartition("/")[0].partition("/")[0]) for path in list_files(root)]
+
+
+def missing(paths: Sequence[Path]) -> list[Path]:
+    """Those of some files that are not there."""
+    present: dict[Path, set[str]] = {}  # one listing per folder: quicker than asking for each file on a network disk
+    for folder in {path.parent for path in paths}:
+        present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [path for path in paths if path.name not in present[path.parent]]

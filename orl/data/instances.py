@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 
 from orl import InputError
 from orl.data.decode import Exif, Photo, decode
+from orl.data.folder import missing
 
 FURTHEST = 1e5  # pixels; filling a polygon takes memory for each that its sides cross, outside of the photo, too
 
@@ -104,7 +105,12 @@ def read(root: str | os.PathLike, split: str) -> Instances:
     row_of = {image["id"]: row for row, image in enumerate(images)}
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     paths = tuple(Path(root) / split / image["file_name"] for image in images)
-    _check_photos(path, paths)
+    gone = missing(paths)
+    if gone:
+        raise InputError(
+            f"{gone[0]}: no such photo; {len(gone)} of the {len(paths)} that {path} lists are missing: name the "
+            f"annotations of these photos."
+        )
 
     rows, labels, crowds, boxes, outlines = [], [], [], [], []
     left_out = {"without_area": 0, "without_mask": 0}
@@ -120,7 +126,7 @@ def read(root: str | os.PathLike, split: str) -> Instances:
             left_out["without_area"] += 1
         elif not outline:
             left_out["without_mask"] += 1
-        elif isinstance(outline, bytes) and outline[:1] == b"{" and not _fits(outline, size):
+        elif outline[:1] == b"{" and not _fits(outline, size):
             raise InputError(f"{path}: annotations[{number}] has a mask of another size than its photo; correct it.")
         else:
             rows.append(row_of[image])
@@ -266,15 +272,3 @@ def _check_ids(path: str | os.PathLike, content: dict[str, Any], what: str, key:
         if value in seen:
             raise InputError(f"{path}: {what} has {key} {value!r} twice; correct the file.")
         seen.add(value)
-
-
-def _check_photos(file: Path, paths: tuple[Path, ...]) -> None:
-    present: dict[Path, set[str]] = {}  # one listing per folder: quicker than asking for each file on a network disk
-    for folder in {path.parent for path in paths}:
-        present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [path for path in paths if path.name not in present[path.parent]]
-    if missing:
-        raise InputError(
-            f"{missing[0]}: no such photo; {len(missing)} of the {len(paths)} that {file} lists are missing: name the "
-            f"annotations of these photos."
-        )

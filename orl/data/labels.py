@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from orl import InputError
+from orl.data.folder import missing
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def read_labels(root: str | os.PathLike, layout: Literal["voc", "coco"], split: 
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder; name the root of the labelled photos.")
     labels = (_voc if layout == "voc" else _coco)(Path(root), split)
-    _check_photos(labels)
+    gone = missing(labels.image_path)
+    if gone:
+        raise InputError(f"{gone[0]}: no such photo; {len(gone)} of the {len(labels)} listed are missing.")
     return labels
 
 
@@ -75,15 +78,6 @@ def read_splits(
 def listed(train: Labels, test: Labels) -> str:
     """Hash of which photos two splits list, in which order, whatever they show."""
     return hashlib.sha256("\n".join([*train.image_id, "", *test.image_id]).encode()).hexdigest()
-
-
-def _check_photos(labels: Labels) -> None:
-    present: dict[Path, set[str]] = {}  # one listing per folder: quicker than asking for each file on a network disk
-    for folder in {path.parent for path in labels.image_path}:
-        present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [path for path in labels.image_path if path.name not in present[path.parent]]
-    if missing:
-        raise InputError(f"{missing[0]}: no such photo; {len(missing)} of the {len(labels)} listed are missing.")
 
 
 def _text(path: Path) -> str:

@@ -65,10 +65,8 @@ def rois(
     `workers` processes cut the crops (0: this one). Shards and workers do not change the rows. Raises InputError and,
     before it begins, NoRoomError.
     """
-    manifest, found = artifacts.read_manifest(manifest_path), artifacts.read_proposals(proposals_path)
+    manifest, found = artifacts.read_boxes(manifest_path, proposals_path)
     offsets = found.box_offsets
-    artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), manifest_path)
-    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
     sizes = np.repeat(np.stack([manifest.width, manifest.height], 1), np.diff(offsets), axis=0)
     if not (found.box[:, :2] + found.box[:, 2:].astype(np.int64) <= sizes).all():
         raise InputError(f"{proposals_path}: holds boxes outside their photos; make it again.")

@@ -150,18 +150,15 @@ def draw(
     """
     if not models:
         raise InputError(f"{output}: no model to draw maps of; name a backbone.safetensors at least.")
-    manifest = artifacts.read_manifest(manifest_path)
     proposals = pairs = None
-    if proposals_path is not None:
-        proposals = artifacts.read_proposals(proposals_path)
-        artifacts.check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), os.fspath(manifest_path))
-        artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
     if correspondences_path is not None:
         if proposals_path is None:
             raise InputError(f"{correspondences_path}: numbers boxes of a proposals.h5; name that, too.")
-        pairs = artifacts.read_correspondences(correspondences_path)
-        artifacts.check_rows(correspondences_path, len(pairs.neighbor), len(manifest), os.fspath(manifest_path))
-        artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
+        manifest, proposals, pairs = artifacts.read_stage2(manifest_path, proposals_path, correspondences_path)
+    elif proposals_path is not None:
+        manifest, proposals = artifacts.read_boxes(manifest_path, proposals_path)
+    else:
+        manifest = artifacts.read_manifest(manifest_path)
     shown = []
     for row in _rows(config, manifest, manifest_path, roi):
         whole = int(manifest.width[row]), int(manifest.height[row])

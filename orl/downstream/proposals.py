@@ -58,11 +58,8 @@ def evaluate(
     and 0.7; `boxes_per_photo`: their mean. `plot`: PNG to draw as well.
     Raises InputError, having written nothing, where files do not belong together or no object is left.
     """
-    manifest = artifacts.read_manifest(manifest_path)
-    proposals = artifacts.read_proposals(proposals_path)
+    manifest, proposals = artifacts.read_boxes(manifest_path, proposals_path)
     offsets = np.asarray(proposals.box_offsets)
-    artifacts.check_rows(proposals_path, len(offsets) - 1, len(manifest), os.fspath(manifest_path))
-    artifacts.check_input(proposals_path, "manifest", artifacts.fingerprint(manifest_path))
     row, box, _, left_out = objects_of(manifest, annotations)
     photos, starts = np.unique(row, return_index=True)
     groups = zip(photos, np.split(box, starts[1:]), strict=True)

@@ -209,15 +209,18 @@ def downstream_of(task):
     return file
 
 
+def as_settings(used):
+    """What settings.used gives, as JSON for --settings."""
+    return json.dumps({key: value for key, value in used.items() if key != "version"})
+
+
 def decides(stage):
     """Params function: the settings that decide a stage's result, as JSON for --settings."""
 
     def as_json(wildcards):
         of_set = f".{wildcards.set}" if "set" in wildcards.keys() else ""
         used = settings.used(RUNS[wildcards.get("v", "")], stage + of_set)
-        return json.dumps(
-            {key: value for key, value in used.items() if key != "version"}
-        )
+        return as_settings(used)
 
     return as_json
 
@@ -240,9 +243,7 @@ def decides_share(stage):
                 for share, file in one["lists"].items()
                 if share == wildcards.share
             }
-        return json.dumps(
-            {key: value for key, value in used.items() if key != "version"}
-        )
+        return as_settings(used)
 
     return as_json
 
