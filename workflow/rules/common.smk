@@ -113,8 +113,12 @@ for model in MODELS.values():
     UPSTREAM[f"localization {model}"] += ("manifest",)
 
 # Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
+# A signal to all processes of a job, as a cluster sends it, must leave shell and log standing until `orl` has saved.
 BIN = shlex.quote(str(Path(sys.executable).parent))
-shell.prefix(f'set -euo pipefail; export PATH={BIN}:"$PATH"; ')
+shell.prefix(
+    f'set -euo pipefail; export PATH={BIN}:"$PATH"; trap : TERM; '
+    'tee() {{ trap "" INT TERM; exec tee "$@"; }}; '
+)
 
 LEDGER = Path(RESULTS, "variants.json")
 try:
