@@ -59,7 +59,7 @@ def _pretrain(args: argparse.Namespace, config: Config) -> None:
     optimizer = config.stage3.optimizer if args.stage == "stage3" else config.stage1.optimizer
     moco = args.stage == "stage1" and config.stage1.method == "moco"
     group = config.stage1.shuffled_batch if moco else 2
-    gpus.start(args.gpus, optimizer.batch, optimizer.accumulation, args.threads, args.argv, group)
+    gpus.start(args.gpus, optimizer.batch, optimizer.accumulation, args.threads, args.argv, group, args.nodes)
     loop.train(
         config,
         args.stage,
@@ -390,6 +390,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--proposals", metavar="FILE", help="proposals.h5 (stage3)")
     sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5 (stage3)")
     trains(sub)
+    nodes_help = "nodes of this SLURM job to train on (default 1); --gpus counts the GPUs of all"
+    sub.add_argument("--nodes", type=_count, default=1, metavar="N", help=nodes_help)
     for flag, what in (("--compile", "compile the step"), ("--deterministic", "only deterministic operations")):
         help_text = f"1: {what} (default 0)"
         sub.add_argument(flag, type=int, choices=(0, 1), default=0, metavar="0|1", help=help_text)

@@ -589,6 +589,8 @@ class Compute(Section):
     """CPU threads of one job at most, of a training for each GPU (Snakemake gives what `--cores` allows)."""
     gpus: Annotated[int, Field(ge=0)] = 8
     """GPUs that a training asks for at most (other GPU jobs: one); it takes what there is, and the CPU without one."""
+    nodes: Positive = 1
+    """Nodes that stages 1 and 3 train on together, with `gpus` on each; more than one only under SLURM."""
     shards: ShardCounts = ShardCounts()
     checkpoint_minutes: Positive = 15
     """Minutes between checkpoints inside an epoch; every epoch's end saves one too."""

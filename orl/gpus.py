@@ -7,7 +7,9 @@ kernel lifts when the job ends, however it ends. Jobs of other users and other p
 import ctypes
 import fcntl
 import os
+import platform
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -100,8 +102,8 @@ def _take(names: Sequence[str], wanted: int) -> list[str]:
     return []
 
 
-def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2) -> int:
-    """How many processes train on `granted` GPUs: the most among which a step's photos can be divided.
+def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2, nodes: int = 1) -> int:
+    """How many processes train on `granted` GPUs of each node: the most among which a step's photos can be divided.
 
     Each gets `group` photos at least: batch statistics of a single one are none. Of MoCo's groups, which are larger,
     each gets whole ones. Raises InputError if the step cannot be cut for accumulation.
@@ -114,7 +116,7 @@ def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2) -> in
         )
 
     def fits(number: int) -> bool:
-        share, rest = divmod(photos, number)
+        share, rest = divmod(photos, number * nodes)
         return rest == 0 and share >= group and (group == 2 or share % group == 0)
 
     return max([1, *filter(fits, range(2, granted + 1))])
@@ -125,10 +127,13 @@ def take_one(asked: int | None) -> None:
     lease(min(1, _wanted(asked)))
 
 
-def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: Sequence[str], group: int = 2) -> None:
+def start(
+    asked: int | None, batch: int, accumulation: int, threads: int, argv: Sequence[str], group: int = 2, nodes: int = 1
+) -> None:
     """Lease the GPUs of a training. With several, torchrun takes this process's place and runs `orl ARGV` on each.
 
-    A process of torchrun goes on, if the photos of a step can be divided among all of them. Raises InputError.
+    On several nodes, those of the SLURM job that this process is in, srun starts torchrun on each; `asked` counts the
+    GPUs of all. A process of torchrun goes on, if the photos of a step can be divided among all. Raises InputError.
     """
     photos = batch // accumulation
     if "WORLD_SIZE" in os.environ:
@@ -142,24 +147,45 @@ def start(asked: int | None, batch: int, accumulation: int, threads: int, argv: 
         if asked == 0:
             lease(0)
         return
-    wanted = _wanted(asked)
+    if nodes > 1 and not ("SLURM_JOB_ID" in os.environ and shutil.which("srun")):
+        raise InputError(
+            f"compute.nodes is {nodes}, but this is no SLURM job; run the workflow with workflow/profiles/slurm, "
+            f"set it to 1, or start torchrun on each node."
+        )
+    wanted = _wanted(asked) // nodes
     granted = min(wanted, len(visible()))
-    number = ranks(granted, batch, accumulation, group)
+    number = ranks(granted, batch, accumulation, group, nodes)
     if number < granted:
-        skipped = [str(more) for more in range(granted, number, -1)]
+        skipped = [str(more * nodes) for more in range(granted, number, -1)]
         unfit = " or ".join(filter(None, (", ".join(skipped[:-1]), skipped[-1])))
         print(
-            f"training on {number} of {granted} GPUs: {photos} photos at a time cannot be divided by {unfit}, at least "
-            f"{group} for each",
+            f"training on {number * nodes} of {granted * nodes} GPUs: {photos} photos at a time cannot be divided by "
+            f"{unfit}, at least {group} for each",
             file=sys.stderr,
         )
     lease(min(number, wanted))
-    if number > 1:
+    if number * nodes > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, threads // number))
         sys.stdout.flush()
         sys.stderr.flush()
-        options = ["--standalone", "--nproc-per-node", str(number)]
-        os.execv(sys.executable, [sys.executable, "-m", "orl.torchrun", *options, "-m", "orl", *argv])
+        run = [sys.executable, "-m", "orl.torchrun", "--nproc-per-node", str(number)]
+        run = [*_on_nodes(nodes, threads), *run, *_meet(nodes)] if nodes > 1 else [*run, "--standalone"]
+        command = [*run, "-m", "orl", *argv]
+        os.execvp(command[0], command)
+
+
+def _on_nodes(nodes: int, threads: int) -> list[str]:
+    """The srun that runs a command once on each node of this SLURM job."""
+    count = str(nodes)
+    return ["srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--cpus-per-task", str(threads),
+            "--kill-on-bad-exit=1"]  # fmt: skip
+
+
+def _meet(nodes: int) -> list[str]:
+    """How the torchruns of a SLURM job find each other: on its first node, where this runs, at a port of the job's."""
+    job = os.environ["SLURM_JOB_ID"]
+    endpoint = f"{platform.node()}:{20000 + int(job) % 10000}"
+    return ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", endpoint]
 
 
 def _wanted(asked: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import select
 import signal
@@ -257,7 +258,7 @@ def pretrain(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(gpus, "count", lambda: min(visible, len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(visible))))
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
-        monkeypatch.setattr(os, "execv", lambda *command: replaced.append(command) or sys.exit(0))
+        monkeypatch.setattr(os, "execvp", lambda *command: replaced.append(command) or sys.exit(0))
         monkeypatch.setattr("orl.pretrain.loop.train", lambda *_, **options: trained.append(options))
         settings = {"stage1": {"optimizer": {"batch": batch, "accumulation": accumulation}}}
         argv = ["pretrain", "--stage", "stage1", "--settings", json.dumps(settings), "--root", "r", "--manifest", "m"]
@@ -289,12 +290,47 @@ def pretrain(monkeypatch, tmp_path, capsys):
 def test_torchrun_takes_the_place(options, visible, batch, number, said, pretrain):
     _, argv, [(program, command)], _, lines = pretrain(*options, visible=visible, batch=batch)
     assert program == command[0] == sys.executable
-    options = ["--standalone", "--nproc-per-node", str(number)]
+    options = ["--nproc-per-node", str(number), "--standalone"]
     assert command[1:] == ["-m", "orl.torchrun", *options, "-m", "orl", *argv]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, range(number)))  # no more than are used
     assert os.environ["OMP_NUM_THREADS"] == str(6 // number)
     assert len(lines) == (said is not None)
     assert said is None or lines[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "visible", "batch", "number", "said"),
+    [
+        (["--gpus", "8"], 4, 8, 2, "training on 4 of 8 GPUs: 8 photos at a time cannot be divided by 8 or 6, at least"),
+        (["--gpus", "4"], 4, 8, 2, None),
+        (["--gpus", "8"], 0, 8, 1, "no GPU is visible: running on the CPU"),
+    ],
+)
+def test_srun_starts_torchrun_on_each_node(options, visible, batch, number, said, pretrain, monkeypatch, tmp_path):
+    (tmp_path / "srun").touch(mode=0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "20017")
+    _, argv, [(program, command)], _, lines = pretrain(*options, "--nodes", "2", visible=visible, batch=batch)
+    start = command.index(sys.executable)
+    assert program == command[0] == "srun"
+    assert (
+        " ".join(command[1:start]) == "--nodes 2 --ntasks 2 --ntasks-per-node 1 --cpus-per-task 6 --kill-on-bad-exit=1"
+    )
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "20017", "--rdzv-endpoint"]
+    meet.append(f"{platform.node()}:20017")
+    expected = ["-m", "orl.torchrun", "--nproc-per-node", str(number), *meet, "-m", "orl", *argv]
+    assert command[start + 1 :] == expected
+    assert len(lines) == (said is not None)
+    assert said is None or lines[0].startswith(said)
+
+
+def test_several_nodes_need_slurm(pretrain):
+    status, *_, lines = pretrain("--nodes", "2")
+    assert status == 2
+    assert lines == [
+        "orl pretrain: compute.nodes is 2, but this is no SLURM job; run the workflow with workflow/profiles/slurm, "
+        "set it to 1, or start torchrun on each node."
+    ]
 
 
 @pytest.mark.parametrize(

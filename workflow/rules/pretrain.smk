@@ -5,9 +5,13 @@ LIMITS = {
     "compile_step": int(COMPUTE.compile),
     "deterministic": int(COMPUTE.deterministic),
 }
+# On several nodes, a job that srun divides: the plugin for SLURM then starts the shell once, on the first of them.
+NODES = {"nodes": COMPUTE.nodes}
+if COMPUTE.nodes > 1:
+    NODES |= {"mpi": "srun", "tasks": COMPUTE.nodes, "tasks_per_gpu": 0}
 OPTIONS = (
     "--output $(dirname {output.backbone:q}) --threads {threads} "
-    "--gpus {resources.gpu} --compile {resources.compile_step} --deterministic {resources.deterministic} "
+    "--gpus {resources.gpu} --nodes {resources.nodes} --compile {resources.compile_step} --deterministic {resources.deterministic} "
     "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 )
 
@@ -57,7 +61,8 @@ rule stage1:
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         **LIMITS,
-        gpu=lambda wildcards: 0 if given(wildcards.v) else COMPUTE.gpus,
+        **NODES,
+        gpu=lambda wildcards: 0 if given(wildcards.v) else COMPUTE.gpus * COMPUTE.nodes,
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
@@ -85,7 +90,8 @@ rule stage3:
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         **LIMITS,
-        gpu=COMPUTE.gpus,
+        **NODES,
+        gpu=COMPUTE.gpus * COMPUTE.nodes,
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
