@@ -213,6 +213,20 @@ def downstream_of(task):
     return file
 
 
+def asks(memory, minutes, per_thread=0, disk=1000):
+    """What a job asks a cluster for; enough for COCO and a ResNet-50. A profile's set-resources replaces it.
+
+    Memory (MB, and for each thread) and time grow with each attempt, but the day of a training: it goes on where it
+    was. Disk in MB.
+    """
+    return {
+        "mem_mb": lambda wildcards, threads, attempt: attempt
+        * (memory + per_thread * threads),
+        "runtime": lambda wildcards, attempt: min(attempt * minutes, 24 * 60),
+        "disk_mb": disk,
+    }
+
+
 def as_settings(used):
     """What settings.used gives, as JSON for --settings."""
     return json.dumps({key: value for key, value in used.items() if key != "version"})

@@ -8,11 +8,18 @@ if SCENES:
         benchmark:
             f"{RESULTS}/benchmarks/scenes.tsv"
         threads: COMPUTE.threads
+        resources:
+            **asks(2000, 60, 300),
         params:
             settings=decides("scenes"),
             version=settings.RESULT_VERSION["scenes"],
         shell:
             "orl scenes --settings {params.settings:q} --output {output:q} --threads {threads} 2>&1 | tee {log:q}"
+
+
+localrules:
+    fetch_coco,
+    fetch_voc2007,
 
 
 # For people to ask for by name. They leave alone what is there, and no other rule depends on them.
@@ -57,6 +64,8 @@ rule manifest:
     benchmark:
         f"{RESULTS}/benchmarks/manifest.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(2000, 60, 300),
     params:
         settings=decides("manifest"),
         version=settings.RESULT_VERSION["manifest"],

@@ -10,6 +10,7 @@ rule embed:
         f"{RESULTS}/benchmarks/embed{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 60, 600),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("embeddings"),
@@ -32,6 +33,8 @@ rule propose:
     benchmark:
         f"{RESULTS}/benchmarks/propose{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(2000, 60, 600),
     params:
         settings=decides("proposals"),
         version=settings.RESULT_VERSION["proposals"],
@@ -54,6 +57,7 @@ rule neighbors:
         f"{RESULTS}/benchmarks/neighbors{{v}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(8000, 60),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("neighbors"),
@@ -77,6 +81,7 @@ rule rois:
         f"{RESULTS}/benchmarks/rois{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 120, 600, disk=22_000 // COMPUTE.shards.rois),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("rois"),
@@ -102,6 +107,8 @@ rule correspond:
     benchmark:
         f"{RESULTS}/benchmarks/correspond{{v}}/{{shard}}.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(2000, 60, 500),
     params:
         settings=decides("correspondences"),
         version=settings.RESULT_VERSION["correspondences"],
@@ -119,5 +126,7 @@ rule merge:
         f"{RESULTS}/discovery{{v}}/{{merged}}.h5",
     log:
         f"{RESULTS}/logs/merge{{v}}/{{merged}}.log",
+    resources:
+        **asks(2000, 30),
     shell:
         "orl merge --output {output:q} {input:q} 2>&1 | tee {log:q}"

@@ -12,6 +12,7 @@ rule features:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/features.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 60, 600, disk=4000),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("features"),
@@ -34,6 +35,8 @@ rule voc07_svm:
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/voc07_svm.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(4000, 120, 2000),
     params:
         settings=decides("voc07_svm"),
         version=settings.RESULT_VERSION["voc07_svm"],
@@ -57,6 +60,8 @@ rule voc07_lowshot:
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/voc07_lowshot.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(4000, 120, 2000),
     params:
         settings=decides("voc07_lowshot"),
         version=settings.RESULT_VERSION["voc07_lowshot"],
@@ -81,6 +86,7 @@ rule set_features:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/{{set}}.features.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 240, 600, disk=6000),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("set_features"),
@@ -103,6 +109,8 @@ rule knn:
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/knn.{{set}}.tsv"
     threads: COMPUTE.threads
+    resources:
+        **asks(20_000, 120),
     params:
         settings=decides("knn"),
         version=settings.RESULT_VERSION["knn"],
@@ -126,6 +134,7 @@ rule linear:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/linear.{{set}}.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
         **LIMITS,
         gpu=COMPUTE.gpus,
     params:
@@ -150,6 +159,8 @@ rule subset:
         f"{RESULTS}/logs/downstream/subset{{v}}/{{set}}/{{share}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/downstream/subset{{v}}/{{set}}/{{share}}.tsv"
+    resources:
+        **asks(2000, 30),
     params:
         settings=decides_share("subset"),
         version=settings.RESULT_VERSION["subset"],
@@ -173,6 +184,7 @@ rule semi_grid:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-lr{{lr}}-x{{head}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 12 * 60, 600),
         **LIMITS,
         gpu=min(1, COMPUTE.gpus),
     params:
@@ -204,6 +216,7 @@ rule semi_run:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}/{{share}}-run{{number}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 12 * 60, 600),
         **LIMITS,
         gpu=min(1, COMPUTE.gpus),
     params:
@@ -227,6 +240,8 @@ rule semi:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/semi.{{set}}.tsv"
+    resources:
+        **asks(2000, 10),
     params:
         version=settings.RESULT_VERSION["semi"],
     shell:
@@ -248,6 +263,7 @@ rule detection:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/detection.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
         **LIMITS,
         gpu=COMPUTE.gpus,
         faster_coco_eval=int(COMPUTE.faster_coco_eval),
@@ -276,6 +292,7 @@ rule segmentation:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/segmentation.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
         **LIMITS,
         gpu=COMPUTE.gpus,
     params:
@@ -302,6 +319,7 @@ rule localization:
         f"{RESULTS}/benchmarks/downstream/{{model}}{{v}}/localization.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 120, 600),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("localization"),
@@ -326,6 +344,8 @@ rule pair_boxes:
         f"{RESULTS}/logs/pair_boxes{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/pair_boxes{{v}}.tsv"
+    resources:
+        **asks(4000, 60),
     params:
         settings=decides("pair_boxes"),
         version=settings.RESULT_VERSION["pair_boxes"],
@@ -348,6 +368,7 @@ rule attention:
         f"{RESULTS}/benchmarks/attention{{v}}.tsv"
     threads: COMPUTE.threads
     resources:
+        **asks(6000, 30),
         gpu=min(1, COMPUTE.gpus),
     params:
         settings=decides("attention"),
@@ -377,6 +398,8 @@ rule export:
         f"{RESULTS}/models/{{trained}}{{v}}/{{format}}.{{extension}}",
     log:
         f"{RESULTS}/logs/export/{{trained}}{{v}}-{{format}}-{{extension}}.log",
+    resources:
+        **asks(2000, 10),
     params:
         version=settings.RESULT_VERSION["export"],
     shell:
@@ -394,6 +417,8 @@ rule proposals_recall:
         f"{RESULTS}/logs/proposals_recall{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/proposals_recall{{v}}.tsv"
+    resources:
+        **asks(4000, 60),
     params:
         settings=decides("proposals_recall"),
         version=settings.RESULT_VERSION["proposals_recall"],
@@ -416,6 +441,8 @@ rule pair_precision:
         f"{RESULTS}/logs/pair_precision{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/pair_precision{{v}}.tsv"
+    resources:
+        **asks(4000, 60),
     params:
         settings=decides("pair_precision"),
         version=settings.RESULT_VERSION["pair_precision"],

@@ -23,6 +23,8 @@ rule random:
         model=f"{RESULTS}/models/random{{v}}/model.safetensors",
     log:
         f"{RESULTS}/logs/random{{v}}.log",
+    resources:
+        **asks(2000, 10),
     params:
         settings=decides("random"),
         version=settings.RESULT_VERSION["random"],
@@ -39,6 +41,8 @@ rule supervised:
         metrics=f"{RESULTS}/models/supervised{{v}}/metrics.csv",
     log:
         f"{RESULTS}/logs/supervised{{v}}.log",
+    resources:
+        **asks(2000, 10),
     params:
         settings=decides("supervised"),
         version=settings.RESULT_VERSION["supervised"],
@@ -60,6 +64,7 @@ rule stage1:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
         **LIMITS,
         **NODES,
         gpu=lambda wildcards: 0 if given(wildcards.v) else COMPUTE.gpus * COMPUTE.nodes,
@@ -89,6 +94,7 @@ rule stage3:
         f"{RESULTS}/benchmarks/orl{{v}}.tsv"
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
+        **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
         **LIMITS,
         **NODES,
         gpu=COMPUTE.gpus * COMPUTE.nodes,

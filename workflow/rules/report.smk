@@ -16,6 +16,8 @@ rule report:
         f"{RESULTS}/report/index.html",
     log:
         f"{RESULTS}/logs/report.log",
+    resources:
+        **asks(4000, 30),
     params:
         settings=decides("report"),
         version=settings.RESULT_VERSION["report"],
