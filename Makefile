@@ -1,5 +1,6 @@
 # make demo   installs, runs everything on generated scenes
 # make test   installs, checks style and types, runs the tests
+# make test-slurm  the same for the workflow on a SLURM cluster, made for it (Debian: apt install slurm-wlm munge)
 # make bench  installs, measures speed, memory, scale and the generated scenes (benchmarks/README.md)
 # make clean  removes the environment, caches and the demo's results; other results stay
 CORES ?= all
@@ -7,13 +8,16 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint install bench clean
+.PHONY: demo test test-slurm lint install bench clean
 
 demo: install
 	snakemake --cores $(CORES)
 
 test: lint
-	pytest -n 2 --dist worksteal
+	pytest -n 2 --dist worksteal --ignore tests/slurm --ignore tests/faults
+
+test-slurm: install
+	pytest tests/slurm
 
 lint: install
 	ruff check .
