@@ -17,7 +17,7 @@ test: lint
 	pytest -n 2 --dist worksteal --ignore tests/slurm --ignore tests/faults
 
 test-slurm: install
-	pytest tests/slurm
+	pytest -n 2 --dist loadgroup tests/slurm
 
 lint: install
 	ruff check .

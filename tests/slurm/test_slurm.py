@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from cluster import snakemake, wait_for
 from conftest import PROJECT, STAGE1, TINY, local, longer, same_model
@@ -17,6 +18,7 @@ from orl.config import merge
 
 GPU_RULES = {"stage1": 2, "stage3": 2, "embed": 1, "neighbors": 1, "rois": 1, "features": 1}
 EPOCHS = 60  # half a minute on one core: time enough to be disturbed
+several_minutes = pytest.mark.xdist_group("several minutes")  # by one process of the tests, for they share a reference
 
 
 def finished(process, folder):
@@ -53,7 +55,7 @@ def test_the_whole_run(cluster, tmp_path):
         one.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(TINY))
     process = snakemake(cluster, folder)
-    local(other, merge(TINY, {"compute": {"gpus": 0}}), "--cores", "2")
+    local(other, TINY, "--cores", "2")  # as many threads: else trainings differ in the last bits
     finished(process, folder)
     results = Path("results", "tiny")
     made = [path.relative_to(other) for path in sorted((other / results).rglob("*")) if path.is_file()]
@@ -103,6 +105,7 @@ def test_a_cancelled_training_goes_on(cluster, about_to_train, trained):
     assert not list(folder.parent.rglob("pwned"))
 
 
+@several_minutes
 def test_a_training_longer_than_its_time_limit(cluster, about_to_train, trained):
     folder = about_to_train(4 * EPOCHS)
     process = snakemake(cluster, folder, "--set-resources", "stage1:runtime=1", "--retries", "30", STAGE1)
@@ -120,6 +123,7 @@ def test_a_training_longer_than_its_time_limit(cluster, about_to_train, trained)
     assert same_model(folder, reference)
 
 
+@several_minutes
 def test_snakemake_killed(cluster, about_to_train, trained):
     """A hasty second run does not train at the same time; the README's lines put things right."""
     folder = about_to_train(4 * EPOCHS)
