@@ -12,6 +12,10 @@ from orl import InputError
 from orl import config as settings
 
 
+os.umask(
+    os.umask(0o002) | 0o002
+)  # as `orl` does: nothing that all users could write to
+
 def stop(sentence):
     """End before any work: one sentence, exit 2."""
     print(f"orl: {sentence}", file=sys.stderr)
@@ -30,9 +34,26 @@ except InputError as error:
     stop(error)
 
 RESULTS = f"results/{RUN.name}"
+
+def as_argument(path):
+    """A path, or None, as a command takes it: one that begins with a dash would be an option."""
+    return f"./{path}" if path and path.startswith("-") else path
+
+
+def plain(path, key):
+    """A path that `key` of the config leads to, as text; ends where Snakemake would take it for another."""
+    path = str(path)
+    if set("{}\n") & set(path):
+        stop(
+            f"config: {key}: {path!r} has a brace or a line break in it, which Snakemake does not take in the name of "
+            f"a file; rename it or name a link to it."
+        )
+    return path
+
+
 COMPUTE = RUN.compute
 SCENES = RUN.data.layout == "scenes"
-ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
+ROOT = f"{RESULTS}/scenes" if SCENES else as_argument(RUN.data.root)
 if not ROOT:
     stop("config: data.root is not given; set it to the folder of your photos.")
 # Data that are about to be fetched need not be there.
@@ -117,6 +138,7 @@ for model in MODELS.values():
 BIN = shlex.quote(str(Path(sys.executable).parent))
 shell.prefix(
     f'set -euo pipefail; export PATH={BIN}:"$PATH"; trap : TERM; '
+BIN = BIN.replace("{", "{{").replace("}", "}}")  # what is meant as it stands
     'tee() {{ trap "" INT TERM; exec tee "$@"; }}; '
 )
 
@@ -287,7 +309,7 @@ def labels(v=""):
     section = RUNS[v].downstream.voc07_svm
     if section.root is None and SCENES:
         return f"{ROOT}/VOCdevkit/VOC2007" if section.layout == "voc" else ROOT
-    return section.root
+    return as_argument(section.root)
 
 
 def label_files(v):
@@ -299,13 +321,13 @@ def label_files(v):
         *Path(root).glob("annotations/instances_*.json"),
         *Path(root).glob("ImageSets/Main/*.txt"),
     ]
-    return sorted(map(str, lists))
+    return sorted(plain(file, "downstream.voc07_svm.root") for file in lists)
 
 
 def mask_root(v=""):
     """Folder of the photos with masks of detection and segmentation, or None where it is not configured."""
     root = RUNS[v].downstream.detection.root
-    return ROOT if root is None and SCENES else root
+    return ROOT if root is None and SCENES else as_argument(root)
 
 
 def mask_files(wildcards):
@@ -324,7 +346,7 @@ def set_root(name, v=""):
     if name not in RUNS[v].downstream.sets:  # another variant's
         return None
     root = RUNS[v].downstream.sets[name].root
-    return f"{ROOT}/objects" if root is None and SCENES else root
+    return f"{ROOT}/objects" if root is None and SCENES else as_argument(root)
 
 
 def set_files(wildcards):
@@ -345,7 +367,8 @@ def subset_list(wildcards):
 def lowshot_lists(wildcards):
     """The official samples of voc07_lowshot, where they are given."""
     folder = RUNS[wildcards.v].downstream.voc07_lowshot.lists
-    return sorted(map(str, Path(folder).glob("*_sample*_k*.npy"))) if folder else []
+    files = Path(folder).glob("*_sample*_k*.npy") if folder else ()
+    return sorted(plain(file, "downstream.voc07_lowshot.lists") for file in files)
 
 
 def models_of(v):
@@ -428,7 +451,13 @@ def object_files():
     folders = [Path(path) for path in objects() if Path(path).is_dir()]
     inside = (list(folder.glob("*.xml")) for folder in folders)
     newest = [max(files, key=os.path.getmtime) for files in inside if files]
-    return ROOT if SCENES else objects() + list(map(str, newest))
+    newest = [plain(path, "data.objects") for path in newest]
+    return ROOT if SCENES else objects() + newest
+
+
+def holders(_):
+    """Params function: what `objects` names, as arguments."""
+    return list(map(as_argument, objects()))
 
 
 @cache
@@ -535,7 +564,12 @@ if not any(map(labels, RUNS)) and WANTED & {"all", "voc07_svm", "voc07_lowshot"}
     print(
         "orl: voc07_svm and voc07_lowshot are left out: downstream.voc07_svm.root is not given",
         file=sys.stderr,
+for file in (*RUN.data.annotations.values(), *RUN.data.objects):
+    plain(file, "data.annotations and data.objects")
+plain(RUN.data.root, "data.root")
     )
+    plain(given(name), "stage1.weights")
+    plain(RUNS[name].supervised, "supervised")
 if not SETS and WANTED & {"all", "linear", "semi", "knn"}:
     print(
         "orl: linear, semi and knn are left out: downstream.sets is not given",
@@ -556,11 +590,13 @@ for name in SETS:
         print(
             f"orl: the labelled set {name} is left out: downstream.sets.{name}.root is not given",
             file=sys.stderr,
+            plain(file, f"downstream.sets.{one}")
         )
 
 
 wildcard_constraints:
     v=r"(-[A-Za-z0-9_]+)?(\.seed\d+)?",
+        plain(root, f"downstream.{key}")
     model="random|stage1|orl|supervised",
     set="[A-Za-z0-9][A-Za-z0-9_-]*",
     share=r"[0-9.e-]+",

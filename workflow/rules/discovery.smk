@@ -18,7 +18,7 @@ rule embed:
         shard=number_of,
         root=ROOT,
     shell:
-        "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl embed --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--model {input.model:q} --output {output:q} --shard {params.shard} --threads {threads} --gpus {resources.gpu} "
         "2>&1 | tee {log:q}"
 
@@ -41,7 +41,7 @@ rule propose:
         shard=number_of,
         root=ROOT,
     shell:
-        "orl propose --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl propose --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--output {output:q} --shard {params.shard} --threads {threads} 2>&1 | tee {log:q}"
 
 
@@ -89,7 +89,7 @@ rule rois:
         shard=number_of,
         root=ROOT,
     shell:
-        "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl rois --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --shard {params.shard} "
         "--threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
 

@@ -10,7 +10,7 @@ NODES = {"nodes": COMPUTE.nodes}
 if COMPUTE.nodes > 1:
     NODES |= {"mpi": "srun", "tasks": COMPUTE.nodes, "tasks_per_gpu": 0}
 OPTIONS = (
-    "--output $(dirname {output.backbone:q}) --threads {threads} "
+    '--output "$(dirname {output.backbone:q})" --threads {threads} '
     "--gpus {resources.gpu} --nodes {resources.nodes} --compile {resources.compile_step} --deterministic {resources.deterministic} "
     "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 )
@@ -29,7 +29,7 @@ rule random:
         settings=decides("random"),
         version=settings.RESULT_VERSION["random"],
     shell:
-        "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output.backbone:q}) 2>&1 | tee {log:q}"
+        'orl pretrain --stage random --settings {params.settings:q} --output "$(dirname {output.backbone:q})" 2>&1 | tee {log:q}'
 
 
 rule supervised:
@@ -47,7 +47,7 @@ rule supervised:
         settings=decides("supervised"),
         version=settings.RESULT_VERSION["supervised"],
     shell:
-        "orl pretrain --stage supervised --settings {params.settings:q} --output $(dirname {output.backbone:q}) "
+        'orl pretrain --stage supervised --settings {params.settings:q} --output "$(dirname {output.backbone:q})" '
         "2>&1 | tee {log:q}"
 
 
@@ -101,7 +101,7 @@ rule stage3:
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
-        root=ROOT,
+        root=lambda _: ROOT,
     shell:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "
