@@ -69,7 +69,7 @@ rule manifest:
     params:
         settings=decides("manifest"),
         version=settings.RESULT_VERSION["manifest"],
-        root=lambda _: ROOT,
+        root=lambda _: RUN.data.root,
     shell:
         "orl manifest --settings {params.settings:q} --root {ROOT:q} --output {output.manifest:q} "
         "--rejected {output.rejected:q} --threads {threads} 2>&1 | tee {log:q}"

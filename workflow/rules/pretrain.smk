@@ -53,7 +53,10 @@ rule supervised:
 
 rule stage1:
     input:
-        lambda wildcards: given(wildcards.v) or of("manifest")(wildcards),
+        manifest=lambda wildcards: (
+            [] if given(wildcards.v) else of("manifest")(wildcards)
+        ),
+        weights=lambda wildcards: given(wildcards.v) or [],
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
@@ -62,6 +65,7 @@ rule stage1:
         f"{RESULTS}/logs/stage1{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
+    cache: bool(CACHE)
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
@@ -71,11 +75,10 @@ rule stage1:
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
-        photos=lambda wildcards, input: (
-            [] if given(wildcards.v) else ["--root", ROOT, "--manifest", *input]
-        ),
+        root=lambda wildcards: None if given(wildcards.v) else RUN.data.root,
+        photos=photos,
     shell:
-        "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
+        "orl pretrain --stage stage1 --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         + OPTIONS
 
 
