@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,13 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         pid = left.name.removeprefix(mine).partition("-")[0]
         if left.name.startswith(mine) and left.suffix == ".tmp" and pid.isdecimal() and not _runs(int(pid)):
             left.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{mine}{os.getpid()}-", suffix=".tmp", dir=path.parent)
+    temporary = path.parent / f"{mine}{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)  # by the user's umask
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the result follows the user's umask
+        temporary.chmod(mode)  # safetensors puts a private file in its place
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -284,9 +284,12 @@ def _read(path: str | os.PathLike, schema: str, shards: bool = False, names: Seq
         if "rows" in file.attrs and not shards:
             raise InputError(f"{path}: is one shard; `orl merge` all of them, and name the file that this makes.")
         for name in names or LAYOUT[schema]:
-            dataset = file[name]
+            inside = isinstance(file.get(name, getlink=True), h5py.HardLink)  # and not another file's
+            dataset = file[name] if inside else None
             if not isinstance(dataset, h5py.Dataset) or dataset.chunks or dataset.is_virtual or dataset.external:
                 raise ValueError(f"{name} is not stored in one piece")
+            if dataset.dtype.kind not in "iuf":
+                raise ValueError(f"{name} is of {dataset.dtype}, not numbers")
             offset = dataset.id.get_offset()
             if dataset.size == 0:
                 arrays.append(np.empty(dataset.shape, dataset.dtype))

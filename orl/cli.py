@@ -386,7 +386,7 @@ def parser() -> argparse.ArgumentParser:
     stage_help = "random: no training; supervised: none either, the weights of that setting"
     sub.add_argument("--stage", required=True, choices=["stage1", "stage3", "random", "supervised"], help=stage_help)
     for flag, metavar, what in (ROOT, MANIFEST):
-        sub.add_argument(flag, metavar=metavar, help=what)
+        sub.add_argument(flag, nargs="?", metavar=metavar, help=what)  # the workflow has none for given weights
     sub.add_argument("--proposals", metavar="FILE", help="proposals.h5 (stage3)")
     sub.add_argument("--correspondences", metavar="FILE", help="correspondences.h5 (stage3)")
     trains(sub)
@@ -631,6 +631,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     args.argv = argv
+    os.umask(os.umask(0o002) | 0o002)  # whatever the user's: what others could write to would be theirs to change
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     # OpenMP's threads spin while they wait, which makes a step 16 times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

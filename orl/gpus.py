@@ -4,6 +4,7 @@ Snakemake counts GPUs but hands out none, so each job takes its own: a lease is 
 kernel lifts when the job ends, however it ends. Jobs of other users and other programs are not seen.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -11,12 +12,12 @@ import platform
 import re
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -76,16 +77,11 @@ def lease(wanted: int) -> list[str]:
 
 def _take(names: Sequence[str], wanted: int) -> list[str]:
     """Lock `wanted` of the GPUs, and return them; or none, if fewer are free."""
-    FOLDER.mkdir(mode=0o700, exist_ok=True)
-    found = FOLDER.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise InputError(f"{FOLDER}: is not a folder of yours; set TMPDIR to another folder.")
     taken: dict[str, int] = {}
-    with open(FOLDER / "gate", "w") as gate:
+    with _folder() as folder, open("gate", "w", opener=partial(_open_in, folder)) as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)  # one job looks at a time, else two could get in each other's way for ever
         for name in names:
-            # The sticky bit keeps systemd's daily cleaning of /tmp away from a file that is in use.
-            file = os.open(FOLDER / re.sub(r"\W", "-", name), os.O_RDWR | os.O_CREAT, 0o1600)
+            file = _open_in(folder, re.sub(r"\W", "-", name), os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -100,6 +96,32 @@ def _take(names: Sequence[str], wanted: int) -> list[str]:
         for file in taken.values():
             os.close(file)
     return []
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[int]:
+    """A descriptor of FOLDER, made if need be. Raises InputError unless it is this user's and closed to all others."""
+    with contextlib.suppress(FileExistsError):
+        FOLDER.mkdir(mode=0o700)
+    try:
+        folder = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        raise InputError(f"{FOLDER}: is not a folder of yours; set TMPDIR to another folder.") from None
+    try:
+        found = os.fstat(folder)
+        if found.st_uid != os.getuid():
+            raise InputError(f"{FOLDER}: is not a folder of yours; set TMPDIR to another folder.")
+        if found.st_mode & 0o077:
+            raise InputError(f"{FOLDER}: is open to other users; delete it, or set TMPDIR to another folder.")
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _open_in(folder: int, name: str, flags: int) -> int:
+    """Open a file of the folder, or make it, for this user alone."""
+    # The sticky bit keeps systemd's daily cleaning of /tmp away from a file that is in use.
+    return os.open(name, flags | os.O_NOFOLLOW, 0o1600, dir_fd=folder)
 
 
 def ranks(granted: int, batch: int, accumulation: int = 1, group: int = 2, nodes: int = 1) -> int:

@@ -65,14 +65,21 @@ def kind(request):
 # Writing
 
 
-def test_a_new_file_has_the_modes_that_the_umask_gives(tmp_path):
-    previous = os.umask(0o027)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_new_file_has_the_modes_that_the_umask_gives(tmp_path, umask, mode):
+    path = tmp_path / "new" / "a.txt"
+    previous = os.umask(umask)
     try:
-        artifacts.write_text(tmp_path / "new" / "a.txt", "é\n")
+        with artifacts.atomic(path) as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == mode  # from the first byte on
+            temporary.write_text("é\n", encoding="utf-8")
+        artifacts.write_weights(tmp_path / "new" / "a.safetensors", {"a": torch.ones(2)}, {})
+        write(tmp_path / "new" / "a.h5", "rois")
     finally:
         os.umask(previous)
-    path = tmp_path / "new" / "a.txt"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert {stat.S_IMODE(one.stat().st_mode) for one in path.parent.iterdir()} == {mode}
+    for one in ("a.safetensors", "a.h5"):
+        (path.parent / one).unlink()
     assert path.read_bytes() == "é\n".encode()
     assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
 
@@ -226,6 +233,33 @@ def test_datasets_that_are_missing_or_not_as_written(tmp_path, kind):
                 else:
                     file.create_dataset(name, data=value, chunks=value.shape, compression="gzip")
             refusal(path, read)
+
+
+@pytest.mark.parametrize("form", ["external link", "soft link", "virtual", "external storage", "pointers", "records"])
+def test_no_file_leads_to_another_or_holds_anything_but_numbers(tmp_path, kind, form):
+    """What is in other files is not read, whoever may have written the one that names them."""
+    read, schema, datasets = KINDS[kind]
+    secret, path = tmp_path / "secret.h5", tmp_path / "a.h5"
+    with h5py.File(secret, "w") as file:
+        file.update(datasets)
+    name, value = next(iter(datasets.items()))
+    with artifacts.create(path, schema, {}, {}) as file:
+        file.update({other: kept for other, kept in datasets.items() if other != name})
+        if form == "external link":
+            file[name] = h5py.ExternalLink(secret, name)
+        elif form == "soft link":
+            file["real"], file[name] = value, h5py.SoftLink("/real")
+        elif form == "virtual":
+            layout = h5py.VirtualLayout(value.shape, value.dtype)
+            layout[:] = h5py.VirtualSource(secret, name, value.shape)
+            file.create_virtual_dataset(name, layout)
+        elif form == "external storage":
+            file.create_dataset(name, value.shape, value.dtype, external=[(secret, 0, h5py.h5f.UNLIMITED)])
+        elif form == "pointers":
+            file.create_dataset(name, value.shape, h5py.string_dtype())
+        else:
+            file.create_dataset(name, value.shape, [("a", "i4"), ("b", "S4")])
+    assert name in refusal(path, read)
 
 
 # Checks between files

@@ -1,14 +1,17 @@
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from orl import InputError, __version__, artifacts, cli
+from orl import InputError, __version__, artifacts, cli, config
 
 SEMI_RUN = "evaluate semi_run --name stage1 --set toy --share 0.5 --lr 0.1 --head 1"
 # Each command, and the flags that name a file or folder it reads.
@@ -349,6 +352,52 @@ def test_a_file_of_another_kind_is_one_sentence(command, flag, settings, inputs,
     else:
         assert lines[0].startswith(f"orl {command.split()[0]}: {wrong}: ")
     assert files_below(tmp_path) == []
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+FOREIGN = [
+    *((command, flag) for command, flag in EACH_INPUT if flag in WRONG),
+    ("attention", "--backbones"),
+    (f"{SEMI_RUN} --best", ""),
+    ("pretrain --stage stage1", "stage1.weights"),
+    ("pretrain --stage supervised", "supervised"),
+]
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+@pytest.mark.parametrize(("command", "flag"), FOREIGN)
+def test_no_command_runs_what_a_pickle_would(command, flag, write, settings, inputs, tmp_path, capsys):
+    trace, path, output = tmp_path / "ran", tmp_path / f"evil{inputs.get(flag, Path('a.pth')).suffix}", tmp_path / "out"
+    with open(path, "wb") as file:
+        write({"state_dict": Runs(trace)}, file)
+    if flag in ("stage1.weights", "supervised"):
+        changed = config.merge(json.loads(settings), {"stage1": {"weights": str(path)}, "supervised": str(path)})
+        line = [*command.split(), "--settings", json.dumps(changed), "--output", output]
+    elif flag == "--backbones":
+        line = argv(command, settings, inputs, output)
+        line[line.index("--backbones") + 1] = f"a={path}"
+    elif "--best" in command:
+        line = argv(SEMI_RUN, settings, inputs, output)
+        line = [*line, "--best", path]
+    else:
+        line = argv(command, settings, inputs, output, **{flag: path})
+    status, lines = run(*line, capsys=capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert f"{path}: " in lines[0] or (command, flag) == ("correspond", "--manifest")  # of which it reads no row
+    assert files_below(tmp_path) == [path]
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Runs(trace)))  # it would have
+    assert trace.exists()
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def test_the_folder_is_private_and_the_files_stay(job, tmp_path):
     taken(job(1))
     folder = tmp_path / f"orl-gpus-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert (folder / "GPU-aa").stat().st_mode & 0o7777 == 0o1600
+    for name in ("GPU-aa", "gate"):
+        assert (folder / name).stat().st_mode & 0o7777 == 0o1600
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,46 @@ def test_a_folder_of_another_kind_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "FOLDER", tmp_path / "link")
     with pytest.raises(InputError, match="not a folder of yours"):
         gpus.lease(1)
+
+
+def refuses(folder, sentence, monkeypatch):
+    monkeypatch.setattr(gpus, "count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(gpus, "FOLDER", folder)
+    with pytest.raises(InputError, match=f"^{folder}: {sentence}; .*\\.$"):
+        gpus.lease(1)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o750, 0o701])
+def test_a_folder_that_others_reach_is_refused(mode, tmp_path, monkeypatch):
+    folder = tmp_path / "leases"
+    folder.mkdir()
+    folder.chmod(mode)
+    refuses(folder, "is open to other users", monkeypatch)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_link_or_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("nowhere")
+    refuses(tmp_path / "link", "is not a folder of yours", monkeypatch)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "foreign").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+    refuses(tmp_path / "foreign", "is not a folder of yours", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gate", "0"])
+def test_no_link_in_the_folder_is_followed(name, tmp_path, monkeypatch):
+    folder, precious = tmp_path / "leases", tmp_path / "precious"
+    folder.mkdir(mode=0o700)
+    precious.write_text("content")
+    (folder / name).symlink_to(precious)
+    monkeypatch.setattr(gpus, "count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(gpus, "FOLDER", folder)
+    with pytest.raises(OSError, match="symbolic"):
+        gpus.lease(1)
+    assert precious.read_text() == "content"
 
 
 def test_counting_leaves_cuda_unstarted():

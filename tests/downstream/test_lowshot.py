@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,16 @@ def test_lists_of_a_class_with_few_positives(tmp_path: Path) -> None:
     assert evaluate(data, lists=lists)["classes"] == [3, 2]
 
 
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
 def test_bad_lists(tmp_path: Path) -> None:
     data = problem()
     labels = data[1]
@@ -326,6 +337,9 @@ def test_bad_lists(tmp_path: Path) -> None:
     for array, part in cases:
         np.save(path, array)
         check(part)
+    np.save(path, np.array([Runs(tmp_path / "ran")]), allow_pickle=True)
+    check("cannot be read")
+    assert not (tmp_path / "ran").exists()
     for content in (b"", whole[:50], whole[:-50], b"no array"):
         path.write_bytes(content)
         check("sample2_k4.npy: cannot be read")

@@ -1,8 +1,10 @@
 """Every layout is saved from modules built as its project builds them, and compared with what those compute."""
 
 import argparse
+import json
 import os
 import pickle
+import struct
 
 import pytest
 import torch
@@ -421,6 +423,42 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for path, reason in ((tmp_path / "missing.pth", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(InputError, match=f"^{path}: cannot be read \\({reason}\\); name a file of weights\\.$"):
             weights.read(path)
+
+
+def hostile(header, data=b"\0" * 64, length=None):
+    """A safetensors file that says of itself what is not so."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(start, end, shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+HOSTILE = {
+    "header without end": hostile({}, length=2**64 - 1),
+    "header longer than the file": hostile({}, length=2**20),
+    "deep header": hostile(b'{"__metadata__":' + b"[" * 10**6),
+    "no mapping": hostile([1, 2]),
+    "outside the file": hostile({"conv1.weight": tensor(0, 2**40, [2**38])}),
+    "backwards": hostile({"conv1.weight": tensor(64, 0, [16])}),
+    "overlap": hostile({"conv1.weight": tensor(0, 64, [16]), "bn1.weight": tensor(32, 64, [8])}),
+    "overflow": hostile({"conv1.weight": tensor(0, 64, [2**62, 2**62])}),
+    "odd type": hostile({"conv1.weight": tensor(0, 64, [16], "PICKLE")}),
+    "negative": hostile({"conv1.weight": tensor(0, 64, [-16])}),
+    "metadata": hostile({"__metadata__": {"orl": "[" * 10**6}, "conv1.weight": tensor(0, 64, [16])}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_one_sentence(name, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(HOSTILE[name])
+    for read in (weights.read, artifacts.attributes, artifacts.read_weights, backbones.load):
+        if (name, read) != ("metadata", weights.read):  # a sound file but for what it does not look at
+            with pytest.raises(InputError, match=f"^{path}: ") as error:
+                read(path)
+            assert "\n" not in str(error.value)
 
 
 class Runs:

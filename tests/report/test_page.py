@@ -21,6 +21,7 @@ from orl.report.page import CHARTS, MAPS, QUERIES, report
 from orl.report.scores import CURVES, tasks
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
+PHOTO = 'a&b<i><img src=x onerror=alert(1)>" onload="alert(1)'
 VOID = {"meta", "img", "link", "br", "wbr", "input"}
 
 
@@ -45,6 +46,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         given = {name: value or "" for name, value in attrs}
+        assert tag != "script"
+        assert not any(name.startswith("on") for name in given)
         self.loads += [
             given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
         ]
@@ -201,7 +204,7 @@ class Run:
         rng = np.random.default_rng(0)
         rows = []
         for number in range(count):
-            path = folder / "photos" / f'a&b<i>{number}".jpg'
+            path = folder / "photos" / f'{PHOTO}{number}".jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             height = size - 10 * (number % 5)
             coarse = rng.integers(0, 256, (height, size, 3) if noise else (6, 8, 3), dtype=np.uint8)
@@ -778,9 +781,7 @@ def test_command_takes_all_of_stage_2_or_none(tmp_path: Path, capsys: pytest.Cap
 def test_names_are_escaped(page: Page) -> None:
     assert "ORL run run <1> & co" in page.text
     assert f"Loss of {ODD}" in page.text
-    assert any(
-        label.startswith("Neighbour 1") and "a&b<i>" in label and label.endswith('".jpg') for label in page.labels
-    )
+    assert any(label.startswith("Neighbour 1") and PHOTO in label and label.endswith('".jpg') for label in page.labels)
     assert "i" not in page.tags
     assert "small" not in page.tags
     assert page.tags.count("b") == len(page.bold)
@@ -979,7 +980,7 @@ def add_pairs(**metrics: Any) -> Callable[[Run], None]:
         (drop("correspondences.h5"), "correspondences.h5: no such file"),
         (drop("models/stage1/metrics.csv"), "metrics.csv: no such file"),
         (drop("score0.json"), "score0.json: no such file"),
-        (drop('photos/a&b<i>1".jpg'), "photo is gone"),
+        (drop(f'photos/{PHOTO}1".jpg'), "photo is gone"),
         (shorten("neighbors.h5"), "neighbors.h5: has 2 rows, but .*manifest.csv has 3"),
         (shorten("proposals.h5"), "proposals.h5: has 2 rows, but .*manifest.csv has 3"),
         (shorten("correspondences.h5"), "correspondences.h5: has 2 rows, but .*manifest.csv has 3"),

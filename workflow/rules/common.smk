@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from functools import cache
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from orl import InputError
 from orl import config as settings
+
+# As `orl` does: nothing that all users could write to.
+os.umask(os.umask(0o002) | 0o002)
 
 
 def stop(sentence):
@@ -29,10 +33,27 @@ try:
 except InputError as error:
     stop(error)
 
+
+def as_argument(path):
+    """A path, or None, as a command takes it: one that begins with a dash would be an option."""
+    return f"./{path}" if path and path.startswith("-") else path
+
+
+def plain(path, key):
+    """A path that `key` of the config leads to, as text; ends where Snakemake would take it for another."""
+    path = str(path)
+    if set("{}\n") & set(path):
+        stop(
+            f"config: {key}: {path!r} has a brace or a line break in it, which Snakemake does not take in the name of "
+            f"a file; rename it or name a link to it."
+        )
+    return path
+
+
 RESULTS = f"results/{RUN.name}"
 COMPUTE = RUN.compute
 SCENES = RUN.data.layout == "scenes"
-ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
+ROOT = f"{RESULTS}/scenes" if SCENES else as_argument(RUN.data.root)
 if not ROOT:
     stop("config: data.root is not given; set it to the folder of your photos.")
 # Data that are about to be fetched need not be there.
@@ -75,6 +96,7 @@ PATHS = {
     "pair_boxes": "downstream/localization{v}.json",
     "attention": "attention{v}",
 }
+SHARED = ("embeddings", "proposals", "rois")  # with stage 1, where runs share results
 # name -> stage
 MODELS = {
     "random": "random",
@@ -115,10 +137,27 @@ for model in MODELS.values():
 # Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
 # A signal to all processes of a job, as a cluster sends it, must leave shell and log standing until `orl` has saved.
 BIN = shlex.quote(str(Path(sys.executable).parent))
+BIN = BIN.replace("{", "{{").replace("}", "}}")  # what is meant as it stands
 shell.prefix(
     f'set -euo pipefail; export PATH={BIN}:"$PATH"; trap : TERM; '
     'tee() {{ trap "" INT TERM; exec tee "$@"; }}; '
 )
+
+# What several runs share: a folder where Snakemake keeps results by a hash of the shell lines and `params` of a rule and
+# of those before it. So paths that have the run's name stay out of the `params` of rules with `cache`, and before them.
+CACHE = None
+if workflow.workflow_settings.cache is not None:
+    CACHE = os.environ.get("SNAKEMAKE_OUTPUT_CACHE")
+if CACHE:
+    if not os.path.isabs(CACHE) or not os.access(CACHE, os.W_OK | os.X_OK):
+        stop(
+            f"SNAKEMAKE_OUTPUT_CACHE: {CACHE!r} is no folder that you can write to, by its whole path; make it first."
+        )
+    if os.stat(CACHE).st_mode & 0o007:
+        stop(
+            f"SNAKEMAKE_OUTPUT_CACHE: {CACHE!r} is open to all users, and Snakemake lets those who reach a file in it "
+            f"change it; `chmod o= {shlex.quote(CACHE)}` closes it."
+        )
 
 LEDGER = Path(RESULTS, "variants.json")
 try:
@@ -167,10 +206,26 @@ def found(stage, v=""):
     return f"{RESULTS}/{place(stage, owner(stage, v))}"
 
 
+def count_file(stage, v):
+    """The file beside shared results that says into how many shards a stage with these settings is cut."""
+    key = json.dumps([digest(stage, v), RUN.data.root]).encode()
+    return Path(CACHE, f"{hashlib.sha256(key).hexdigest()}.shards")
+
+
+def shared_count(stage, v):
+    """The number of shards that another run made, if they are shared: only equal shards are found again."""
+    try:
+        count = count_file(stage, v).read_text() if CACHE and stage in SHARED else ""
+    except OSError:
+        return None
+    return int(count) if re.fullmatch(r"[1-9]\d{0,2}|1000", count) else None
+
+
 def shards(stage, v=""):
     """The files of the shards of a stage.
 
-    As many as compute.shards says, unless a complete set with these settings is there: another count reruns nothing.
+    As many as compute.shards says, unless a complete set with these settings is there (another count reruns nothing),
+    or shared ones have another number.
     """
     folder = Path(found(stage, v).removesuffix(".h5"))
 
@@ -179,7 +234,7 @@ def shards(stage, v=""):
             f"{folder}/{number:04}-of-{count:04}.h5" for number in range(1, count + 1)
         ]
 
-    counts = [getattr(COMPUTE.shards, stage)]
+    counts = [shared_count(stage, v) or getattr(COMPUTE.shards, stage)]
     made = place(stage, owner(stage, v))
     if HELD.get(made) == digest(stage, v):
         counts += sorted(int(file.stem[-4:]) for file in folder.glob("0001-of-????.h5"))
@@ -266,6 +321,23 @@ def decides_share(stage):
     return as_json
 
 
+@cache
+def content(file, changed):
+    """Hash of a file as it was when last changed."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def photos(wildcards, input):
+    """Params function: hash of the manifest, which shared results must go by.
+
+    To Snakemake, they go by what makes the manifest, which is the same when photos were added or replaced. (Params that
+    come from inputs do not make a stage rerun.)
+    """
+    file = input.manifest
+    return content(file, os.stat(file).st_mtime_ns) if file else ""
+
+
 def trained(file):
     """A file of every model that is trained to be evaluated."""
     return unique(
@@ -287,7 +359,7 @@ def labels(v=""):
     section = RUNS[v].downstream.voc07_svm
     if section.root is None and SCENES:
         return f"{ROOT}/VOCdevkit/VOC2007" if section.layout == "voc" else ROOT
-    return section.root
+    return as_argument(section.root)
 
 
 def label_files(v):
@@ -299,13 +371,13 @@ def label_files(v):
         *Path(root).glob("annotations/instances_*.json"),
         *Path(root).glob("ImageSets/Main/*.txt"),
     ]
-    return sorted(map(str, lists))
+    return sorted(plain(file, "downstream.voc07_svm.root") for file in lists)
 
 
 def mask_root(v=""):
     """Folder of the photos with masks of detection and segmentation, or None where it is not configured."""
     root = RUNS[v].downstream.detection.root
-    return ROOT if root is None and SCENES else root
+    return ROOT if root is None and SCENES else as_argument(root)
 
 
 def mask_files(wildcards):
@@ -324,7 +396,7 @@ def set_root(name, v=""):
     if name not in RUNS[v].downstream.sets:  # another variant's
         return None
     root = RUNS[v].downstream.sets[name].root
-    return f"{ROOT}/objects" if root is None and SCENES else root
+    return f"{ROOT}/objects" if root is None and SCENES else as_argument(root)
 
 
 def set_files(wildcards):
@@ -345,7 +417,8 @@ def subset_list(wildcards):
 def lowshot_lists(wildcards):
     """The official samples of voc07_lowshot, where they are given."""
     folder = RUNS[wildcards.v].downstream.voc07_lowshot.lists
-    return sorted(map(str, Path(folder).glob("*_sample*_k*.npy"))) if folder else []
+    files = Path(folder).glob("*_sample*_k*.npy") if folder else ()
+    return sorted(plain(file, "downstream.voc07_lowshot.lists") for file in files)
 
 
 def models_of(v):
@@ -428,7 +501,13 @@ def object_files():
     folders = [Path(path) for path in objects() if Path(path).is_dir()]
     inside = (list(folder.glob("*.xml")) for folder in folders)
     newest = [max(files, key=os.path.getmtime) for files in inside if files]
-    return ROOT if SCENES else objects() + list(map(str, newest))
+    newest = [plain(path, "data.objects") for path in newest]
+    return ROOT if SCENES else objects() + newest
+
+
+def holders(_):
+    """Params function: what `objects` names, as arguments."""
+    return list(map(as_argument, objects()))
 
 
 @cache
@@ -484,7 +563,12 @@ def exports():
     )
 
 
+for file in (*RUN.data.annotations.values(), *RUN.data.objects):
+    plain(file, "data.annotations and data.objects")
+plain(RUN.data.root, "data.root")
 for name in RUNS:
+    plain(given(name), "stage1.weights")
+    plain(RUNS[name].supervised, "supervised")
     if given(name) and not Path(given(name)).is_file():
         stop(
             f"config: stage1.weights: {given(name)!r} is no file; name a file of weights."
@@ -505,11 +589,13 @@ for name in RUNS:
                 Path(labelled.root, part) for part in (labelled.train, labelled.val)
             ]
         for file in files:
+            plain(file, f"downstream.sets.{one}")
             if Path(labelled.root or ".").is_dir() and not Path(file).exists():
                 stop(
                     f"config: downstream.sets.{one}: {str(file)!r} is not there; correct train, val or lists."
                 )
     for key, root in roots.items():
+        plain(root, f"downstream.{key}")
         if root and not FETCHES and not Path(root).is_dir():
             stop(
                 f"config: downstream.{key}: {root!r} is no folder; correct it or fetch what belongs there."
@@ -584,3 +670,9 @@ onstart:
         }
     )
     artifacts.write_json(LEDGER, HELD)
+    for stage in SHARED if CACHE else ():
+        for v in RUNS:
+            if not count_file(stage, v).exists():
+                artifacts.write_text(
+                    count_file(stage, v), str(len(shards(stage, v)))
+                )

@@ -27,8 +27,8 @@ rule fetch_coco:
     log:
         f"{RESULTS}/logs/fetch_coco.log",
     params:
-        root=ROOT,
-        parts=[
+        root=lambda _: ROOT,
+        parts=lambda _: [
             *RUN.data.folders,
             "annotations",
             *(
@@ -47,7 +47,7 @@ rule fetch_voc2007:
     log:
         f"{RESULTS}/logs/fetch_voc2007.log",
     params:
-        root=lambda _: Path(RUN.downstream.voc07_svm.root).parents[1],
+        root=lambda _: as_argument(str(Path(RUN.downstream.voc07_svm.root).parents[1])),
     shell:
         "orl fetch voc2007 --output {params.root:q} 2>&1 | tee {log:q}"
 
@@ -69,7 +69,7 @@ rule manifest:
     params:
         settings=decides("manifest"),
         version=settings.RESULT_VERSION["manifest"],
-        root=lambda _: ROOT,
+        root=lambda _: RUN.data.root,
     shell:
-        "orl manifest --settings {params.settings:q} --root {params.root:q} --output {output.manifest:q} "
+        "orl manifest --settings {params.settings:q} --root {ROOT:q} --output {output.manifest:q} "
         "--rejected {output.rejected:q} --threads {threads} 2>&1 | tee {log:q}"

@@ -8,6 +8,7 @@ rule embed:
         f"{RESULTS}/logs/embed{{v}}/{{shard}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/embed{{v}}/{{shard}}.tsv"
+    cache: bool(CACHE)
     threads: COMPUTE.threads
     resources:
         **asks(6000, 60, 600),
@@ -16,9 +17,10 @@ rule embed:
         settings=decides("embeddings"),
         version=settings.RESULT_VERSION["embeddings"],
         shard=number_of,
-        root=ROOT,
+        root=lambda _: RUN.data.root,
+        photos=photos,
     shell:
-        "orl embed --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl embed --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--model {input.model:q} --output {output:q} --shard {params.shard} --threads {threads} --gpus {resources.gpu} "
         "2>&1 | tee {log:q}"
 
@@ -32,6 +34,7 @@ rule propose:
         f"{RESULTS}/logs/propose{{v}}/{{shard}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/propose{{v}}/{{shard}}.tsv"
+    cache: bool(CACHE)
     threads: COMPUTE.threads
     resources:
         **asks(2000, 60, 600),
@@ -39,9 +42,10 @@ rule propose:
         settings=decides("proposals"),
         version=settings.RESULT_VERSION["proposals"],
         shard=number_of,
-        root=ROOT,
+        root=lambda _: RUN.data.root,
+        photos=photos,
     shell:
-        "orl propose --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl propose --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--output {output:q} --shard {params.shard} --threads {threads} 2>&1 | tee {log:q}"
 
 
@@ -79,6 +83,7 @@ rule rois:
         f"{RESULTS}/logs/rois{{v}}/{{shard}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/rois{{v}}/{{shard}}.tsv"
+    cache: bool(CACHE)
     threads: COMPUTE.threads
     resources:
         **asks(6000, 120, 600, disk=22_000 // COMPUTE.shards.rois),
@@ -87,9 +92,10 @@ rule rois:
         settings=decides("rois"),
         version=settings.RESULT_VERSION["rois"],
         shard=number_of,
-        root=ROOT,
+        root=lambda _: RUN.data.root,
+        photos=photos,
     shell:
-        "orl rois --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
+        "orl rois --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --backbone {input.backbone:q} --output {output:q} --shard {params.shard} "
         "--threads {threads} --gpus {resources.gpu} 2>&1 | tee {log:q}"
 
@@ -130,3 +136,8 @@ rule merge:
         **asks(2000, 30),
     shell:
         "orl merge --output {output:q} {input:q} 2>&1 | tee {log:q}"
+
+
+if CACHE:  # beside which Snakemake refuses benchmarks
+    for shared in (rules.stage1, rules.embed, rules.propose, rules.rois):
+        shared.rule._benchmark = None

@@ -325,7 +325,7 @@ rule localization:
         settings=decides("localization"),
         version=settings.RESULT_VERSION["localization"],
         root=lambda _: ROOT,
-        annotations=lambda _: objects(),
+        annotations=holders,
     shell:
         "orl evaluate localization --settings {params.settings:q} --root {params.root:q} --manifest {input.manifest:q} "
         "--backbone {input.backbone:q} --annotations {params.annotations:q} --name {wildcards.model}{wildcards.v} "
@@ -349,7 +349,7 @@ rule pair_boxes:
     params:
         settings=decides("pair_boxes"),
         version=settings.RESULT_VERSION["pair_boxes"],
-        annotations=lambda _: objects(),
+        annotations=holders,
     shell:
         "orl evaluate localization --settings {params.settings:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --correspondences {input.correspondences:q} "
@@ -422,7 +422,7 @@ rule proposals_recall:
     params:
         settings=decides("proposals_recall"),
         version=settings.RESULT_VERSION["proposals_recall"],
-        annotations=lambda _: objects(),
+        annotations=holders,
     shell:
         "orl evaluate proposals --settings {params.settings:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --annotations {params.annotations:q} --name proposals{wildcards.v} "
@@ -446,7 +446,7 @@ rule pair_precision:
     params:
         settings=decides("pair_precision"),
         version=settings.RESULT_VERSION["pair_precision"],
-        annotations=lambda _: objects(),
+        annotations=holders,
     shell:
         "orl evaluate pairs --settings {params.settings:q} --manifest {input.manifest:q} "
         "--proposals {input.proposals:q} --correspondences {input.correspondences:q} "

@@ -10,7 +10,7 @@ NODES = {"nodes": COMPUTE.nodes}
 if COMPUTE.nodes > 1:
     NODES |= {"mpi": "srun", "tasks": COMPUTE.nodes, "tasks_per_gpu": 0}
 OPTIONS = (
-    "--output $(dirname {output.backbone:q}) --threads {threads} "
+    '--output "$(dirname {output.backbone:q})" --threads {threads} '
     "--gpus {resources.gpu} --nodes {resources.nodes} --compile {resources.compile_step} --deterministic {resources.deterministic} "
     "--checkpoint-minutes {resources.checkpoint_minutes} --log-every {resources.log_every} 2>&1 | tee {log:q}"
 )
@@ -29,7 +29,7 @@ rule random:
         settings=decides("random"),
         version=settings.RESULT_VERSION["random"],
     shell:
-        "orl pretrain --stage random --settings {params.settings:q} --output $(dirname {output.backbone:q}) 2>&1 | tee {log:q}"
+        'orl pretrain --stage random --settings {params.settings:q} --output "$(dirname {output.backbone:q})" 2>&1 | tee {log:q}'
 
 
 rule supervised:
@@ -47,13 +47,16 @@ rule supervised:
         settings=decides("supervised"),
         version=settings.RESULT_VERSION["supervised"],
     shell:
-        "orl pretrain --stage supervised --settings {params.settings:q} --output $(dirname {output.backbone:q}) "
+        'orl pretrain --stage supervised --settings {params.settings:q} --output "$(dirname {output.backbone:q})" '
         "2>&1 | tee {log:q}"
 
 
 rule stage1:
     input:
-        lambda wildcards: given(wildcards.v) or of("manifest")(wildcards),
+        manifest=lambda wildcards: (
+            [] if given(wildcards.v) else of("manifest")(wildcards)
+        ),
+        weights=lambda wildcards: given(wildcards.v) or [],
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
@@ -62,6 +65,7 @@ rule stage1:
         f"{RESULTS}/logs/stage1{{v}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/stage1{{v}}.tsv"
+    cache: bool(CACHE)
     threads: COMPUTE.threads * max(1, COMPUTE.gpus)
     resources:
         **asks(4000 * max(1, COMPUTE.gpus), 24 * 60, 600),
@@ -71,11 +75,10 @@ rule stage1:
     params:
         settings=decides("stage1"),
         version=settings.RESULT_VERSION["stage1"],
-        photos=lambda wildcards, input: (
-            [] if given(wildcards.v) else ["--root", ROOT, "--manifest", *input]
-        ),
+        root=lambda wildcards: None if given(wildcards.v) else RUN.data.root,
+        photos=photos,
     shell:
-        "orl pretrain --stage stage1 --settings {params.settings:q} {params.photos:q} "
+        "orl pretrain --stage stage1 --settings {params.settings:q} --root {ROOT:q} --manifest {input.manifest:q} "
         + OPTIONS
 
 
@@ -101,7 +104,7 @@ rule stage3:
     params:
         settings=decides("stage3"),
         version=settings.RESULT_VERSION["stage3"],
-        root=ROOT,
+        root=lambda _: ROOT,
     shell:
         "orl pretrain --stage stage3 --settings {params.settings:q} --root {params.root:q} "
         "--manifest {input.manifest:q} --proposals {input.proposals:q} --correspondences {input.correspondences:q} "

@@ -22,7 +22,7 @@ rule report:
         settings=decides("report"),
         version=settings.RESULT_VERSION["report"],
         name=RUN.name,
-        root=ROOT,
+        root=lambda _: ROOT,
         stage2=lambda _, input: [
             part for name in STAGE2 for part in (f"--{name}", input[name])
         ],
