@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,10 +98,10 @@ def plan(chain: Chain, leftovers: bool = False) -> tuple[list[Item], list[str]]:
     """What can go, and what looks like it but stays, with the reason."""
     kept: list[str] = []
     found = [*_shards(chain, kept), *_features(chain), *_states(chain), *_rest(chain, leftovers)]
-    inside = os.path.realpath(chain.results) + os.sep
+    inside = f"{Path(chain.results).resolve()}/"
     items = []
     for name, paths, text in found:
-        own = [path for path in paths if os.path.realpath(path.parent).startswith(inside) and not path.is_symlink()]
+        own = [path for path in paths if f"{path.parent.resolve()}/".startswith(inside) and not path.is_symlink()]
         # A folder of the run that is a link has its files elsewhere.
         if len(own) < len(paths):
             kept.append(f"{name}: lies behind a link, outside of the run")
@@ -187,11 +186,11 @@ def _states(chain: Chain) -> Iterator[Found]:
         there, next_one = _stamps(chain, state, made)
         for folder in left.checkpoints(state):
             if folder.name == there:
-                text = "checkpoint of the finished training; without it, a forced one starts from nothing"
+                text = "checkpoint and curves of the finished training; without it, --forcerun trains from the start"
             elif folder.name == next_one or (made is None and not there):
                 continue  # an unfinished training goes on from it
             else:
-                text = "checkpoint of other settings, inputs or versions; going back to them starts from nothing"
+                text = "checkpoint of other settings, inputs or versions; going back to them would train from the start"
             yield chain.short(folder), [folder], text
 
 

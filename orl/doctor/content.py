@@ -122,7 +122,8 @@ def _finite(array: np.ndarray, name: str) -> None:
             raise ValueError(f"{name}: row {row} is not finite")
 
 
-def _check_offsets(offsets: np.ndarray, name: str, rows: int | None, last: int) -> None:
+def check_offsets(offsets: np.ndarray, name: str, rows: int | None, last: int) -> None:
+    """Raise ValueError unless `offsets` rise from 0 to `last`, for so many rows."""
     _shape(offsets, name, np.integer, 1, None if rows is None else rows + 1)
     if len(offsets) == 0 or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != last:
         raise ValueError(f"{name} does not rise from 0 to {last}")
@@ -155,7 +156,7 @@ def _check_neighbors(rows: np.ndarray, name: str, first: int, total: int) -> Non
 
 def _proposals(part: Part | None, manifest: Manifest | None, box: np.ndarray, offsets: np.ndarray) -> str:
     _shape(box, "box", np.integer, 2)
-    _check_offsets(offsets, "box_offsets", _count(part), len(box))
+    check_offsets(offsets, "box_offsets", _count(part), len(box))
     offsets = np.asarray(offsets)
     for start, rows in _blocks(box):
         rows = rows.astype(np.int64)
@@ -189,7 +190,7 @@ def _correspondences(
     _shape(neighbor, "neighbor", np.integer, 2, _count(part))
     _shape(pair, "pair", np.integer, 2)
     _shape(similarity, "similarity", np.floating, 1, len(pair))
-    _check_offsets(pair_offsets, "pair_offsets", neighbor.size, len(pair))
+    check_offsets(pair_offsets, "pair_offsets", neighbor.size, len(pair))
     start = part.start if part else 0
     _check_neighbors(np.asarray(neighbor), "neighbor", start, part.total if part else len(neighbor))
     if offsets is not None:

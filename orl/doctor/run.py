@@ -404,10 +404,12 @@ class Examination:
             return str(error), "", []
 
     def _offsets(self, v: str) -> np.ndarray | None:
-        """The box_offsets of a run's proposals.h5."""
+        """The box_offsets of a run's proposals.h5, where they are sound."""
         try:
-            return np.array(artifacts.read_proposals(self.places.found("proposals", v)).box_offsets)
-        except InputError:
+            found = artifacts.read_proposals(self.places.found("proposals", v))
+            content.check_offsets(found.box_offsets, "box_offsets", None, len(found.box))
+            return np.array(found.box_offsets)
+        except (InputError, ValueError):
             return None
 
     def _features(self, stage: str, v: str) -> Iterator[Finding]:
