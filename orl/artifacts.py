@@ -43,8 +43,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{path.name}.{platform.node()}-"
     for left in path.parent.iterdir():
-        pid = left.name.removeprefix(mine).partition("-")[0]
-        if left.name.startswith(mine) and left.suffix == ".tmp" and pid.isdecimal() and not _runs(int(pid)):
+        if left.name.startswith(mine) and abandoned(left):
             left.unlink(missing_ok=True)
     temporary = path.parent / f"{mine}{os.getpid()}-{secrets.token_hex(4)}.tmp"
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
@@ -64,6 +63,12 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def abandoned(path: Path) -> bool | None:
+    """Whether the process that was writing a temporary file of `atomic` has ended; None where another machine's was."""
+    pid = re.fullmatch(rf"\..+\.{re.escape(platform.node())}-(\d+)-[^-]*\.tmp", path.name)
+    return not _runs(int(pid[1])) if pid else None
 
 
 def _runs(pid: int) -> bool:
@@ -206,7 +211,7 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
     schema = whole.get("schema", "")
     if schema not in LAYOUT:
         raise InputError(f"{shards[0]}: holds {schema or 'no schema'!r}, of which there are no shards to merge.")
-    parts = [_read(path, schema, shards=True) for path in shards]
+    parts = [read_arrays(path, schema, shards=True) for path in shards]
     size = sum(array.nbytes for arrays in parts for array in arrays)
     with atomic(output) as temporary, _new(temporary, size) as file:
         file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
@@ -276,7 +281,9 @@ def fingerprint(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: str | os.PathLike, schema: str, shards: bool = False, names: Sequence[str] = ()) -> list[np.ndarray]:
+def read_arrays(
+    path: str | os.PathLike, schema: str, shards: bool = False, names: Sequence[str] = ()
+) -> list[np.ndarray]:
     """The datasets of a file, or those named, as read-only memory maps at their offsets in it. Raises InputError."""
     arrays: list[np.ndarray] = []
     with _explained(path, "make it again"), h5py.File(path, "r") as file:
@@ -440,27 +447,27 @@ LAYOUT = {
 
 def read_embeddings(path: str | os.PathLike) -> Embeddings:
     """Read embeddings.h5. Raises InputError."""
-    return Embeddings(*_read(path, EMBEDDINGS))
+    return Embeddings(*read_arrays(path, EMBEDDINGS))
 
 
 def read_neighbors(path: str | os.PathLike) -> Neighbors:
     """Read neighbors.h5. Raises InputError."""
-    return Neighbors(*_read(path, NEIGHBORS))
+    return Neighbors(*read_arrays(path, NEIGHBORS))
 
 
 def read_proposals(path: str | os.PathLike) -> Proposals:
     """Read proposals.h5. Raises InputError."""
-    return Proposals(*_read(path, PROPOSALS))
+    return Proposals(*read_arrays(path, PROPOSALS))
 
 
 def read_rois(path: str | os.PathLike) -> Rois:
     """Read rois.h5, or a shard of it. Raises InputError."""
-    return Rois(*_read(path, ROIS, shards=True))
+    return Rois(*read_arrays(path, ROIS, shards=True))
 
 
 def read_correspondences(path: str | os.PathLike) -> Correspondences:
     """Read correspondences.h5. Raises InputError."""
-    return Correspondences(*_read(path, CORRESPONDENCES))
+    return Correspondences(*read_arrays(path, CORRESPONDENCES))
 
 
 def read_boxes(manifest_path: str | os.PathLike, proposals_path: str | os.PathLike) -> tuple[Manifest, Proposals]:
@@ -485,7 +492,7 @@ def read_stage2(
 def read_features(path: str | os.PathLike, stages: Sequence[int]) -> Features:
     """Read features of labelled photos, of these stages. Raises InputError, where one is missing, too."""
     splits = [
-        dict(zip(stages, _read(path, FEATURES, names=[f"{split}_{stage}" for stage in stages]), strict=True))
+        dict(zip(stages, read_arrays(path, FEATURES, names=[f"{split}_{stage}" for stage in stages]), strict=True))
         for split in ("train", "test")
     ]
     return Features(*splits)
@@ -493,7 +500,7 @@ def read_features(path: str | os.PathLike, stages: Sequence[int]) -> Features:
 
 def read_class_features(path: str | os.PathLike) -> ClassFeatures:
     """Read features of a labelled set. Raises InputError."""
-    return ClassFeatures(*_read(path, CLASS_FEATURES))
+    return ClassFeatures(*read_arrays(path, CLASS_FEATURES))
 
 
 # Weights

@@ -17,7 +17,8 @@ from orl.config import EXPORTS, Config, load, used
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
 rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
 `evaluate` has several tasks, some of which start from a model's `features`; `export` writes a backbone for others.
-Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge."""
+Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge. Of a whole run: `doctor RUN` tells what is
+stale or damaged, and what mends it; `clean RUN` removes what can be made again."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
@@ -297,6 +298,19 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         config.data.exif,
         args.output,
     )
+
+
+def _doctor(args: argparse.Namespace, config: Config) -> None:
+    from orl.doctor.run import doctor
+
+    if not doctor(args.run_folder, args.configfile, args.threads):
+        sys.exit(1)
+
+
+def _clean(args: argparse.Namespace, config: Config) -> None:
+    from orl.doctor.clean import clean
+
+    clean(args.run_folder, args.configfile, args.leftovers, args.yes)
 
 
 def _stage2(args: argparse.Namespace) -> tuple[str, str, str] | None:
@@ -597,6 +611,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     sub.add_argument("--attention", nargs="*", default=[], metavar="FOLDER", help="made by `orl attention`")
+
+    def of_a_run(name: str, run: Callable[[argparse.Namespace, Config], None], text: str) -> argparse.ArgumentParser:
+        """A command about a whole run, whose settings lie in its folder."""
+        sub = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        sub.add_argument("run_folder", metavar="RUN", help="folder of its results, such as results/scenes")
+        config_help = "config files to compare with, laid over each other (default: those of the run's last start)"
+        sub.add_argument("--configfile", nargs="+", default=[], metavar="FILE", help=config_help)
+        sub.add_argument("--threads", type=_count, default=os.cpu_count(), help="CPU cores to use (default: all)")
+        sub.set_defaults(run=run, settings="{}")
+        return sub
+
+    text = "check every file of a run, and its photos: what is damaged or stale, and which command mends it"
+    of_a_run("doctor", _doctor, text)
+    text = "remove large files of a run that can be made again, after showing them"
+    sub = of_a_run("clean", _clean, text)
+    sub.add_argument("--leftovers", action="store_true", help="also results of earlier configs that this one has not")
+    sub.add_argument("--yes", action="store_true", help="do not ask; without a terminal, nothing is removed otherwise")
     return whole
 
 

@@ -780,17 +780,22 @@ def typed(value: Any) -> Any:
         return value  # 000000000017 among it, which YAML takes for 15
 
 
-def load(text: str) -> Config:
-    """Settings from a YAML or JSON file, or from JSON text that starts with a brace. Raises InputError."""
+def read(text: str) -> Any:
+    """What a YAML or JSON file holds, or JSON text that starts with a brace, unchecked. Raises InputError."""
     is_text = text.lstrip().startswith("{")
-    source = "--settings" if is_text else text
     try:
         raw = _plain(text if is_text else Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{text}: cannot read the settings ({error.strerror}); name a config file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        source = "--settings" if is_text else text
         raise InputError(f"{source}: is neither YAML nor JSON ({' '.join(str(error).split())}).") from None
-    return parse({} if raw is None else raw, source)
+    return {} if raw is None else raw
+
+
+def load(text: str) -> Config:
+    """Settings from a YAML or JSON file, or from JSON text that starts with a brace. Raises InputError."""
+    return parse(read(text), "--settings" if text.lstrip().startswith("{") else text)
 
 
 def variant(raw: dict, name: str | None) -> Config:
@@ -844,6 +849,18 @@ def used(config: Config, stage: str) -> dict:
     return out
 
 
+def used_by_share(config: Config, stage: str, share: str) -> dict:
+    """`used` of a stage of semi, for one of its shares of the labels (as text) alone: nothing of the others."""
+    out = used(config, stage)
+    semi, one = out["downstream"]["semi"], out["downstream"]["sets"][stage.partition(".")[2]]
+    number = list(map(str, semi["shares"])).index(share)
+    for key in ("shares", "weight_decay"):
+        semi[key] = [semi[key][number]]
+    if "lists" in one:
+        one["lists"] = {key: file for key, file in one["lists"].items() if key == share}
+    return out
+
+
 def schema() -> dict:
     """JSON schema of a config file."""
     return Config.model_json_schema()
@@ -887,20 +904,20 @@ def table(model: type[BaseModel] = Config, prefix: str = "") -> str:
     return "\n".join(rows)
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots."""
     return {
         key: value
         for name, inner in values.items()
         for key, value in (
-            _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+            flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
         ).items()
     }
 
 
 def methods_table() -> str:
     """The defaults of the methods of stage 1 that are not byol's, as Markdown table rows."""
-    own = {method: _flat(values, "stage1.") for method, values in METHODS.items()}
+    own = {method: flat(values, "stage1.") for method, values in METHODS.items()}
     keys = list(dict.fromkeys(key for values in own.values() for key in values))
     cells = [[json.dumps(values[key]) if key in values else "" for values in own.values()] for key in keys]
     return "\n".join(f"| `{key}` | {' | '.join(row)} |" for key, row in zip(keys, cells, strict=True))

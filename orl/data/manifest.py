@@ -30,10 +30,10 @@ def build(
     refused: list[tuple[str, str]] = []
     paths = [photo.path for photo in photos]
     chunk = max(1, min(CHUNK, len(paths) // (4 * workers)))
-    found = ordered(partial(_inspect, root, config.data.exif), paths, min(workers, len(paths)), chunk)
+    found = ordered(partial(inspect, root, config.data.exif), paths, min(workers, len(paths)), chunk)
     for photo, result in zip(photos, progress.track(found, len(photos), "decoding"), strict=True):
         if isinstance(result, str):
-            refused.append((_shown(photo.path), result))
+            refused.append((shown(photo.path), result))
         else:
             rows.append((photo.image_id, photo.path, *result, photo.part))
     if not rows:
@@ -84,7 +84,7 @@ def _list(data: Data, root: str | os.PathLike) -> list[folder.Photo]:
     return photos
 
 
-def _inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> tuple[int, int, int] | str:
+def inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> tuple[int, int, int] | str:
     """Width, height and size in bytes of a photo, or why it is rejected."""
     fault = _name_fault(path)
     if fault:
@@ -107,6 +107,6 @@ def _name_fault(path: str) -> str | None:
     return "carriage return in the name; rename it" if "\r" in path else None
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A path as it can stand in a CSV."""
     return path.encode(errors="backslashreplace").decode().replace("\r", "\\r")

@@ -4,9 +4,12 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -67,6 +70,19 @@ def plan(folder, config, *arguments):
     jobs.pop("all", None)
     assert jobs or "Nothing to be done" in text
     return jobs
+
+
+def orl(folder, *arguments):
+    command = [sys.executable, "-m", "orl", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def is_sound(folder, name="tiny"):
+    """Whether `orl doctor` finds nothing to mend, and nothing of an earlier config."""
+    done = orl(folder, "doctor", f"results/{name}")
+    assert done.returncode in (0, 1), done.stderr
+    print(done.stdout)
+    return done.returncode == 0 and "earlier config" not in done.stdout and "not made yet" not in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +353,7 @@ def test_a_change_is_made_and_going_back_finds_what_a_variant_holds(copy):
     assert (copy / "results/tiny/models/orl-small/backbone.safetensors").read_bytes() != before
     both = changed(variants={"small": other})
     assert plan(copy, both) == {}
+    assert is_sound(copy)
     switched = changed(variants={"small": other}, **other)  # the run itself now has the variant's settings
     assert "stage3" not in plan(copy, switched)
     assert "stage3" not in plan(copy, TINY)  # and back
@@ -406,6 +423,7 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
         result = artifacts.read_results(copy / "results" / "tiny" / "downstream" / f"stage1-{name}" / "voc07_svm.json")
         assert f"{result['metrics']['mAP']:.2f}" in page
     assert "Precision of pairs-moco" in page
+    assert is_sound(copy)
     assert plan(copy, config) == {}
 
 
@@ -448,6 +466,7 @@ def test_every_task_on_every_model(copy):
     for title in ("VOC07 linear SVM", "Low-shot SVM", "Linear classification: objects", "k-NN classification: objects"):
         assert title in page
     assert not list(results.rglob("*.state"))
+    assert is_sound(copy)
 
     def after(**change):
         return plan(copy, changed(**{**settings, "downstream": {**downstream, **change}}))
@@ -497,6 +516,7 @@ def test_every_task_about_objects(copy):
     for title in ("Box AP", "Mask AP", "Segmentation", "Object discovery", "Attention maps"):
         assert title in page
     assert not list(results.rglob("*.state"))
+    assert is_sound(copy)
 
     def after(**change):
         return plan(copy, changed(**{**settings, "downstream": {**downstream, **change}}))
@@ -588,6 +608,7 @@ def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     assert "Loss of stage1" not in (results / "report" / "index.html").read_text()
 
     assert plan(copy, config) == {}
+    assert is_sound(copy)
     assert plan(copy, changed(stage1={"weights": file})) == {**after, **SVM}
     assert plan(copy, alone({"weights": file, "optimizer": {"epochs": 3}}, stage3=TINY["stage1"])) == {}
     assert plan(copy, changed(stage1={"weights": other})) == {"stage1": 1, **after}
@@ -703,3 +724,98 @@ def test_real_photos_with_odd_names_and_few_neighbours(tmp_path):
     assert "broken.jpg" in (results / "rejected.csv").read_text()
     assert artifacts.read_neighbors(results / "discovery" / "neighbors.h5").index.shape == (8, 7)
     assert plan(tmp_path, config) == {}
+    assert is_sound(tmp_path, "odd")
+
+
+# What doctor and clean say must be so
+
+
+def test_a_finished_run_is_sound_and_keeps_its_config(finished):
+    assert is_sound(finished)
+    assert json.loads((finished / "results/tiny/config.json").read_text()) == TINY
+    done = orl(finished, "doctor", "results/tiny", "--configfile", "config.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def mended(folder, *arguments):
+    """Run the commands that doctor names, all at once where it names several, and look again."""
+    out = orl(folder, "doctor", "results/tiny", *arguments).stdout
+    commands = re.findall(r"^ {11}(.+)$", out, re.MULTILINE)
+    command = commands[-1] if "All at once" in out else next(line for line in commands if line)
+    home = f"{shlex.quote(sys.executable)} -m snakemake --snakefile {shlex.quote(str(PROJECT / 'Snakefile'))} "
+    done = subprocess.run(["bash", "-c", command.replace("snakemake ", home, 1)], cwd=folder, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, command + done.stdout + done.stderr
+    ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
+    assert orl(folder, "doctor", "results/tiny", *arguments).returncode == 0
+    return {rule: ran.count(rule) for rule in ran if rule != "all"}
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+
+
+def test_damage_is_mended_by_the_commands_that_doctor_names(copy):
+    """A model from its checkpoint, what follows, and a shard that nothing needs any more by deleting it."""
+    results = copy / "results/tiny"
+    before = (results / "models/orl/backbone.safetensors").read_bytes()
+    cut(results / "models/orl/backbone.safetensors")
+    cut(results / "discovery/rois/0002-of-0003.h5")
+    cut(results / "downstream/random/voc07_svm.json")
+    assert orl(copy, "doctor", "results/tiny").returncode == 1
+    assert mended(copy) == {"stage3": 1, "features": 1, "voc07_svm": 2, "report": 1}
+    assert (results / "models/orl/backbone.safetensors").read_bytes() == before
+    assert not (results / "discovery/rois/0002-of-0003.h5").exists()
+    assert plan(copy, TINY) == {}
+
+
+def test_what_another_config_would_make_again_is_what_snakemake_then_makes(copy):
+    other = changed(downstream={"voc07_svm": {"costs": [0.1]}})
+    (copy / "other.yaml").write_text(yaml.safe_dump(other))
+    out = orl(copy, "doctor", "results/tiny", "--configfile", "other.yaml").stdout
+    assert out.count("downstream.voc07_svm.costs: [0.01], config [0.1]") == 3
+    assert mended(copy, "--configfile", "other.yaml") == {"voc07_svm": 3, "report": 1}
+
+
+def test_a_run_from_which_snakemake_was_killed_goes_on_by_the_commands_that_doctor_names(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--cores", "2",
+               "--configfile", "config.yaml", "--until", "manifest"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    config = tmp_path / "results/tiny/config.json"
+    deadline = time.monotonic() + 300
+    while not config.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = orl(tmp_path, "doctor", "results/tiny")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Snakemake: was killed, or works on another machine" in done.stdout
+    assert "           snakemake --unlock\n" in done.stdout
+    assert snakemake(tmp_path, TINY, "--unlock").returncode == 0
+    done = snakemake(tmp_path, TINY, "--rerun-incomplete", "--until", "manifest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = orl(tmp_path, "doctor", "results/tiny")
+    assert done.returncode == 0, done.stdout
+    assert "ok       manifest.csv: 24 photos, 0 rejected" in done.stdout
+    assert "note     models/stage1: not made yet" in done.stdout
+
+
+def test_after_cleaning_nothing_is_to_be_done_and_all_can_still_be_made(copy):
+    results = copy / "results/tiny"
+    kept = {path: path.read_bytes() for path in results.rglob("*") if path.suffix in (".safetensors", ".json", ".csv")}
+    done = orl(copy, "clean", "results/tiny", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert not list(results.rglob("*.pt")) + list(results.rglob("features.h5")) + list(results.rglob("*-of-*.h5"))
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert plan(copy, TINY) == {}
+    assert is_sound(copy)
+    again = {"rois": 3, **DISCOVERY}  # its features, without which there is no SVM, are made in any case
+    assert plan(copy, changed(correspondences={"ratio": 0.5})) == again
+    assert plan(copy, changed(downstream={"voc07_svm": {"costs": [0.1]}})) == {
+        "features": 3,
+        "voc07_svm": 3,
+        "report": 1,
+    }

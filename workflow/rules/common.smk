@@ -6,11 +6,11 @@ import re
 import shlex
 import sys
 from functools import cache
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from orl import InputError
 from orl import config as settings
+from orl.places import MODELS, Places, as_argument, unique
 
 # As `orl` does: nothing that all users could write to.
 os.umask(os.umask(0o002) | 0o002)
@@ -22,21 +22,12 @@ def stop(sentence):
     sys.exit(2)
 
 
-def unique(items):
-    return list(dict.fromkeys(items))
-
-
 config = settings.merge(config, settings.typed(workflow.config_settings.config))
 try:
     RUN = settings.parse(config, "config")
     RUNS = settings.runs(config)
 except InputError as error:
     stop(error)
-
-
-def as_argument(path):
-    """A path, or None, as a command takes it: one that begins with a dash would be an option."""
-    return f"./{path}" if path and path.startswith("-") else path
 
 
 def plain(path, key):
@@ -52,8 +43,24 @@ def plain(path, key):
 
 RESULTS = f"results/{RUN.name}"
 COMPUTE = RUN.compute
-SCENES = RUN.data.layout == "scenes"
-ROOT = f"{RESULTS}/scenes" if SCENES else as_argument(RUN.data.root)
+LEDGER = Path(RESULTS, "variants.json")
+try:
+    HELD = json.loads(LEDGER.read_text())
+except (OSError, ValueError):
+    HELD = {}
+
+# What is made from what, and where it lies
+PLACES = Places(RUNS, RESULTS, HELD)
+SETS = PLACES.sets
+given, found = PLACES.given, PLACES.found
+objects, labels, mask_root, set_root = (
+    PLACES.objects,
+    PLACES.labels,
+    PLACES.mask_root,
+    PLACES.set_root,
+)
+annotations, models_of, wants = PLACES.annotations, PLACES.models_of, PLACES.wants
+ROOT, SCENES = PLACES.root, PLACES.scenes
 if not ROOT:
     stop("config: data.root is not given; set it to the folder of your photos.")
 # Data that are about to be fetched need not be there.
@@ -63,76 +70,7 @@ if not SCENES and not FETCHES and not Path(ROOT).is_dir():
         f"config: data.root: {ROOT!r} is no folder; set it to the folder of your photos."
     )
 
-# What each stage is made from, and its file or folder; {v} is a key of RUNS.
-UPSTREAM = {
-    "manifest": (),
-    "random": (),
-    "supervised": (),
-    "stage1": ("manifest",),
-    "embeddings": ("manifest", "stage1"),
-    "proposals": ("manifest",),
-    "neighbors": ("manifest", "embeddings"),
-    "rois": ("stage1", "proposals"),
-    "correspondences": ("neighbors", "rois"),
-    "stage3": ("correspondences",),
-    "proposals_recall": ("proposals",),
-    "pair_precision": ("correspondences",),
-    "pair_boxes": ("correspondences",),
-    "attention": ("random", "supervised", "stage3"),
-}
-PATHS = {
-    "manifest": "manifest.csv",
-    "random": "models/random{v}",
-    "supervised": "models/supervised{v}",
-    "stage1": "models/stage1{v}",
-    "embeddings": "discovery{v}/embeddings.h5",
-    "proposals": "discovery{v}/proposals.h5",
-    "neighbors": "discovery{v}/neighbors.h5",
-    "rois": "discovery{v}/rois",
-    "correspondences": "discovery{v}/correspondences.h5",
-    "stage3": "models/orl{v}",
-    "proposals_recall": "downstream/proposals{v}.json",
-    "pair_precision": "downstream/pairs{v}.json",
-    "pair_boxes": "downstream/localization{v}.json",
-    "attention": "attention{v}",
-}
 SHARED = ("embeddings", "proposals", "rois")  # with stage 1, where runs share results
-# name -> stage
-MODELS = {
-    "random": "random",
-    "stage1": "stage1",
-    "orl": "stage3",
-    "supervised": "supervised",
-}
-SETS = unique(name for run in RUNS.values() for name in run.downstream.sets)
-for name in SETS:
-    UPSTREAM[f"subset.{name}"] = ()
-    PATHS[f"subset.{name}"] = f"downstream/subset{{v}}/{name}"
-for model in MODELS.values():
-    # TASK MODEL or TASK.SET MODEL: upstream, and its file among the model's results
-    results = {
-        "features": (model, "features.h5"),
-        "voc07_svm": (f"features {model}", "voc07_svm.json"),
-        "voc07_lowshot": (f"features {model}", "voc07_lowshot.json"),
-        "detection": (model, "detection.json"),
-        "segmentation": (model, "segmentation.json"),
-        "localization": (model, "localization.json"),
-    }
-    for name in SETS:
-        results |= {
-            f"set_features.{name}": (model, f"{name}.features.h5"),
-            f"knn.{name}": (f"set_features.{name} {model}", f"knn.{name}.json"),
-            f"linear.{name}": (model, f"linear.{name}.json"),
-            f"semi.{name}": (model, f"semi.{name}.json"),
-        }
-    for task, (upstream, file) in results.items():
-        UPSTREAM[f"{task} {model}"] = (upstream,)
-        PATHS[f"{task} {model}"] = f"{PATHS[model]}/{file}".replace(
-            "models", "downstream"
-        )
-    for name in SETS:
-        UPSTREAM[f"semi.{name} {model}"] += (f"subset.{name}",)
-    UPSTREAM[f"localization {model}"] += ("manifest",)
 
 # Rules run `orl`: the one installed beside this Python, activated or not. A prefix replaces Snakemake's own, `set`.
 # A signal to all processes of a job, as a cluster sends it, must leave shell and log standing until `orl` has saved.
@@ -159,56 +97,10 @@ if CACHE:
             f"change it; `chmod o= {shlex.quote(CACHE)}` closes it."
         )
 
-LEDGER = Path(RESULTS, "variants.json")
-try:
-    HELD = json.loads(LEDGER.read_text())
-except (OSError, ValueError):
-    HELD = {}
-
-
-def given(v):
-    """The file of weights that a run uses instead of training stage 1, or None."""
-    return RUNS[v].stage1.weights
-
-
-@cache
-def digest(stage, v):
-    """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
-    task = stage.split()[0]
-    if task.partition(".")[2] and task.partition(".")[2] not in RUNS[v].downstream.sets:
-        return ""  # another variant's
-    whole = [settings.used(RUNS[v], task)]
-    if not (stage == "stage1" and given(v)):  # given weights need no photos
-        whole += [digest(upstream, v) for upstream in UPSTREAM[stage]]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def owner(stage, v):
-    """The run whose folder holds a stage of run `v`.
-
-    The first with equal settings for the stage and everything upstream of it; among several, one whose folder was
-    last made with these settings, so that going back to settings which another variant holds finds its results.
-    """
-    wanted = digest(stage, v)
-    equal = [other for other in RUNS if digest(stage, other) == wanted]
-    return next(
-        (other for other in equal if HELD.get(place(stage, other)) == wanted), equal[0]
-    )
-
-
-def place(stage, v):
-    """File or folder of a stage in a run's own folder, relative to the results."""
-    return PATHS[stage].format(v=v)
-
-
-def found(stage, v=""):
-    """File or folder where a stage of a run lies."""
-    return f"{RESULTS}/{place(stage, owner(stage, v))}"
-
 
 def count_file(stage, v):
     """The file beside shared results that says into how many shards a stage with these settings is cut."""
-    key = json.dumps([digest(stage, v), RUN.data.root]).encode()
+    key = json.dumps([PLACES.digest(stage, v), RUN.data.root]).encode()
     return Path(CACHE, f"{hashlib.sha256(key).hexdigest()}.shards")
 
 
@@ -222,24 +114,13 @@ def shared_count(stage, v):
 
 
 def shards(stage, v=""):
-    """The files of the shards of a stage.
+    """The files of the shards of a stage, as many as shared ones are."""
+    return PLACES.shards(stage, v, shared_count(stage, v))
 
-    As many as compute.shards says, unless a complete set with these settings is there (another count reruns nothing),
-    or shared ones have another number.
-    """
-    folder = Path(found(stage, v).removesuffix(".h5"))
 
-    def files(count):
-        return [
-            f"{folder}/{number:04}-of-{count:04}.h5" for number in range(1, count + 1)
-        ]
-
-    counts = [shared_count(stage, v) or getattr(COMPUTE.shards, stage)]
-    made = place(stage, owner(stage, v))
-    if HELD.get(made) == digest(stage, v):
-        counts += sorted(int(file.stem[-4:]) for file in folder.glob("0001-of-????.h5"))
-    complete = (count for count in counts if all(map(os.path.exists, files(count))))
-    return files(next(complete, counts[0]))
+def where(stages, *file):
+    """The places of stages of runs, or of a file in the folder of each."""
+    return unique(str(Path(found(stage, v), *file)) for stage, v in stages)
 
 
 def number_of(wildcards):
@@ -302,21 +183,10 @@ def decides_share(stage):
     """Params function: the settings that decide a stage of semi for one share of the labels; nothing of other shares."""
 
     def as_json(wildcards):
-        used = settings.used(RUNS[wildcards.v], f"{stage}.{wildcards.set}")
-        semi, one = (
-            used["downstream"]["semi"],
-            used["downstream"]["sets"][wildcards.set],
+        of_set = f"{stage}.{wildcards.set}"
+        return as_settings(
+            settings.used_by_share(RUNS[wildcards.v], of_set, wildcards.share)
         )
-        number = list(map(str, semi["shares"])).index(wildcards.share)
-        for key in ("shares", "weight_decay"):
-            semi[key] = [semi[key][number]]
-        if "lists" in one:
-            one["lists"] = {
-                share: file
-                for share, file in one["lists"].items()
-                if share == wildcards.share
-            }
-        return as_settings(used)
 
     return as_json
 
@@ -340,26 +210,7 @@ def photos(wildcards, input):
 
 def trained(file):
     """A file of every model that is trained to be evaluated."""
-    return unique(
-        f"{found(MODELS[model], v)}/{file}"
-        for model in ("stage1", "orl")
-        for v in RUNS
-        if model in RUNS[v].measure
-    )
-
-
-def annotations():
-    """The COCO files of data.annotations, which are for that layout alone."""
-    files = RUN.data.annotations.values() if RUN.data.layout == "coco" else ()
-    return [str(Path(ROOT, file)) for file in files]
-
-
-def labels(v=""):
-    """Folder of the labelled photos of voc07_svm, or None where it is not configured."""
-    section = RUNS[v].downstream.voc07_svm
-    if section.root is None and SCENES:
-        return f"{ROOT}/VOCdevkit/VOC2007" if section.layout == "voc" else ROOT
-    return as_argument(section.root)
+    return where(PLACES.trained(), file)
 
 
 def label_files(v):
@@ -374,12 +225,6 @@ def label_files(v):
     return sorted(plain(file, "downstream.voc07_svm.root") for file in lists)
 
 
-def mask_root(v=""):
-    """Folder of the photos with masks of detection and segmentation, or None where it is not configured."""
-    root = RUNS[v].downstream.detection.root
-    return ROOT if root is None and SCENES else as_argument(root)
-
-
 def mask_files(wildcards):
     """The annotations of detection and segmentation."""
     section = RUNS[wildcards.v].downstream.detection
@@ -389,14 +234,6 @@ def mask_files(wildcards):
         f"{section.root}/annotations/instances_{split}.json"
         for split in (section.train, section.test)
     ]
-
-
-def set_root(name, v=""):
-    """Folder of a labelled set, or None where it is not configured."""
-    if name not in RUNS[v].downstream.sets:  # another variant's
-        return None
-    root = RUNS[v].downstream.sets[name].root
-    return f"{ROOT}/objects" if root is None and SCENES else as_argument(root)
 
 
 def set_files(wildcards):
@@ -421,42 +258,9 @@ def lowshot_lists(wildcards):
     return sorted(plain(file, "downstream.voc07_lowshot.lists") for file in files)
 
 
-def models_of(v):
-    """The models of a run to evaluate."""
-    return [
-        *(model for model in RUNS[v].measure if model in MODELS),
-        *(["supervised"] if RUNS[v].supervised else []),
-    ]
-
-
-def tasks_of(v):
-    """The tasks of a run whose data are configured; those on labelled sets as TASK.SET."""
-    downstream = RUNS[v].downstream
-    tasks = ["voc07_svm", "voc07_lowshot"] if labels(v) else []
-    tasks += [
-        f"{task}.{name}"
-        for name, one in downstream.sets.items()
-        if set_root(name, v)
-        for task in one.tasks
-    ]
-    tasks += ["detection", "segmentation"] if mask_root(v) else []
-    tasks += ["localization"] if objects() else []
-    return [task for task in tasks if wants(task.partition(".")[0], v)]
-
-
-def wants(task, v=""):
-    """Whether a task is to be done where its data are given."""
-    return bool({"all", task} & set(RUNS[v].downstream.tasks))
-
-
 def scores():
     """Every downstream result of every model."""
-    return unique(
-        found(f"{task} {MODELS[model]}", v)
-        for v in RUNS
-        for task in tasks_of(v)
-        for model in models_of(v)
-    )
+    return where(PLACES.scores())
 
 
 def semi_grid(name, model, v):
@@ -487,14 +291,6 @@ def semi_runs(wildcards):
     ]
 
 
-def objects():
-    """What holds the boxes of the photos' objects: the scenes' own file, data.objects, or else data.annotations."""
-    if SCENES:
-        return [f"{ROOT}/annotations/instances_train2017.json"]
-    given = [str(Path(ROOT, part)) for part in RUN.data.objects]
-    return given or [file for file in annotations() if holds_boxes(file)]
-
-
 @cache
 def object_files():
     """The inputs of what reads the objects; of a folder its newest file, too: correcting one leaves its time alone."""
@@ -510,34 +306,19 @@ def holders(_):
     return list(map(as_argument, objects()))
 
 
-@cache
-def holds_boxes(file):
-    """Whether a COCO file does more than list photos; found without reading all of it."""
-    try:
-        with open(file) as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as data:
-            return data.find(b'"bbox"') >= 0
-    except (OSError, ValueError):  # missing or empty: the manifest's rule says so
-        return False
-
-
 def measured(stage, task=None):
     """Results about stage 2's boxes or pairs, of every run that wants them, where there are objects to compare with."""
-    return unique(
-        found(stage, v)
-        for v in RUNS
-        if "pairs" in RUNS[v].measure and objects() and (task is None or wants(task, v))
-    )
+    return where(PLACES.measured(stage, task))
 
 
 def seen():
     """The attention maps of the run itself, where they are wanted."""
-    return [found("attention")] if wants("attention") and models_of("") else []
+    return where(PLACES.seen())
 
 
 def stage2(v, *stages):
     """The files of stage 2 by name, where run `v` makes them."""
-    made = {"pairs", "orl"} & set(RUNS[v].measure)
-    return {stage: found(stage, v) for stage in stages} if made else {}
+    return {stage: found(stage, v) for stage, v in PLACES.stage2(v, *stages)}
 
 
 def looked_at(wildcards):
@@ -662,17 +443,6 @@ wildcard_constraints:
 onstart:
     from orl import artifacts
 
-    HELD.update(
-        {
-            place(stage, owner(stage, v)): digest(stage, v)
-            for stage in UPSTREAM
-            for v in RUNS
-        }
-    )
+    HELD.update(PLACES.ledger())
     artifacts.write_json(LEDGER, HELD)
-    for stage in SHARED if CACHE else ():
-        for v in RUNS:
-            if not count_file(stage, v).exists():
-                artifacts.write_text(
-                    count_file(stage, v), str(len(shards(stage, v)))
-                )
+    artifacts.write_json(Path(RESULTS, "config.json"), config)

@@ -1,0 +1,98 @@
+"""Where the stages of a run and its variants lie, which of them share a folder, and what a run needs."""
+
+import pytest
+
+from orl import config
+from orl.places import Places, holds_boxes
+
+
+def places(held=None, **raw):
+    return Places(config.runs(raw), "results/scenes", {} if held is None else held)
+
+
+def test_a_variant_shares_the_stages_whose_settings_and_upstream_agree():
+    run = places(variants={"k5": {"neighbors": {"k": 5}}})
+    assert run.found("stage1", "-k5") == "results/scenes/models/stage1"
+    assert run.found("proposals", "-k5") == "results/scenes/discovery/proposals.h5"
+    for stage, place in {
+        "neighbors": "discovery-k5/neighbors.h5",
+        "correspondences": "discovery-k5/correspondences.h5",
+        "stage3": "models/orl-k5",
+        "voc07_svm stage3": "downstream/orl-k5/voc07_svm.json",
+        "pair_precision": "downstream/pairs-k5.json",
+    }.items():
+        assert run.found(stage, "-k5") == f"results/scenes/{place}"
+        assert run.owner(stage, "-k5") == "-k5"
+
+
+def test_repeats_lie_in_folders_that_end_in_their_seed():
+    run = places(repeats=2, variants={"b": {"stage1": {"method": "simclr"}}})
+    assert run.place("stage3", "-b.seed1") == "models/orl-b.seed1"
+    assert run.owner("proposals", "-b.seed1") == ".seed1"
+    assert run.owner("manifest", "-b.seed1") == ""
+
+
+def test_settings_that_another_folder_holds_are_found_there():
+    held = places(variants={"k5": {"neighbors": {"k": 5}}}).ledger()
+    same = {"neighbors": {"k": 5}, "variants": {"k5": {}}}
+    assert places(held, **same).found("neighbors") == "results/scenes/discovery-k5/neighbors.h5"
+    assert places(**same).found("neighbors") == "results/scenes/discovery/neighbors.h5"
+
+
+def test_the_ledger_keeps_what_other_configs_began():
+    run = places({"discovery-gone/neighbors.h5": "1"})
+    ledger = run.ledger()
+    assert ledger["discovery-gone/neighbors.h5"] == "1"
+    assert ledger["models/orl"] == run.digest("stage3", "")
+    assert run.held == {"discovery-gone/neighbors.h5": "1"}
+
+
+@pytest.mark.parametrize(
+    ("measure", "there", "absent"),
+    [
+        (["stage1"], {"manifest", "stage1", "features stage1"}, {"proposals", "stage3", "random"}),
+        (["pairs"], {"correspondences", "rois", "embeddings", "stage1"}, {"stage3", "features stage1"}),
+        (["orl"], {"stage3", "correspondences", "voc07_svm stage3", "knn.objects stage3"}, {"voc07_svm stage1"}),
+        ([], {"manifest"}, {"stage1", "proposals", "attention"}),
+    ],
+)
+def test_a_run_needs_what_it_measures_and_what_that_is_made_from(measure, there, absent):
+    needed = {stage for stage, _ in places(measure=measure).needed()}
+    assert there <= needed
+    assert not absent & needed
+
+
+def test_given_weights_are_made_from_no_photos_and_are_no_stage_of_their_own_where_none_are_given():
+    run = places(stage1={"weights": "a.pth"}, measure=["stage1"])
+    assert run.made_from("stage1", "") == []
+    assert not run.has("supervised", "")
+    assert places(supervised="b.pth").has("supervised", "")
+
+
+def test_a_labelled_set_of_one_variant_is_no_stage_of_the_others():
+    run = places(variants={"b": {"downstream": {"sets": {"mine": {"root": "photos"}}}}})
+    assert run.has("knn.mine stage1", "-b")
+    assert not run.has("knn.mine stage1", "")
+    assert run.set_root("mine", "") is None
+
+
+def test_shards_that_are_complete_are_found_whatever_their_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards = {"compute": {"shards": {"rois": 2}}}
+    held = places(**shards).ledger()
+    folder = tmp_path / "results/scenes/discovery/rois"
+    folder.mkdir(parents=True)
+    for number in (1, 2, 3):
+        (folder / f"{number:04}-of-0003.h5").touch()
+    names = [path.rpartition("/")[2] for path in places(held, **shards).shards("rois")]
+    assert names == ["0001-of-0003.h5", "0002-of-0003.h5", "0003-of-0003.h5"]
+    assert len(places(**shards).shards("rois")) == 2  # nothing says that these have the settings
+    assert len(places(held, **shards, rois={"size": 40}).shards("rois")) == 2
+
+
+def test_boxes_are_seen_in_an_annotation_file(tmp_path):
+    (tmp_path / "lists.json").write_text('{"images": []}')
+    (tmp_path / "boxes.json").write_text('{"annotations": [{"bbox": [1, 2, 3, 4]}]}')
+    (tmp_path / "empty.json").touch()
+    assert holds_boxes(tmp_path / "boxes.json")
+    assert not any(holds_boxes(tmp_path / name) for name in ("lists.json", "empty.json", "missing.json"))
