@@ -299,6 +299,13 @@ def _report(args: argparse.Namespace, config: Config) -> None:
     )
 
 
+def _doctor(args: argparse.Namespace, config: Config) -> None:
+    from orl.doctor import estimate, machine
+
+    good = estimate.report(args.configfile, args.config, args.seconds) if args.configfile else machine.report()
+    sys.exit(0 if good else 1)
+
+
 def _stage2(args: argparse.Namespace) -> tuple[str, str, str] | None:
     """The three files of stage 2, or None. Raises InputError where some are given without the others."""
     files = {name: getattr(args, name) for name in ("neighbors", "proposals", "correspondences")}
@@ -597,6 +604,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     sub.add_argument("--attention", nargs="*", default=[], metavar="FOLDER", help="made by `orl attention`")
+    text = "check this machine; with --configfile, estimate what is left of a run from a short measurement"
+    sub = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}. Exits 1 if there is a problem.")
+    sub.add_argument("--configfile", nargs="+", default=[], metavar="FILE", help="as for snakemake: later ones on top")
+    sub.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="as for snakemake, on top of these")
+    sub.add_argument("--seconds", type=float, default=60, help="to measure for, about (default %(default)s)")
+    sub.set_defaults(run=_doctor, settings="{}", threads=os.cpu_count())
     return whole
 
 
