@@ -15,12 +15,12 @@ import numpy as np
 
 from orl import InputError, artifacts
 from orl.doctor import machine
-from orl.doctor.jobs import Job, planned, span
-from orl.doctor.machine import apart, size
+from orl.doctor.jobs import Job, Plan, planned, span
+from orl.doctor.machine import apart, counted, size
 
 # Seconds that each measurement gets of every 60; a rule that is not here takes as long as it takes to start.
 WEIGHTS = {
-    "scenes": 2, "manifest": 2, "propose": 6, "embed": 3, "neighbors": 1, "rois": 5, "correspond": 1, "stage1": 10,
+    "scenes": 2, "manifest": 2, "propose": 10, "embed": 3, "neighbors": 1, "rois": 5, "correspond": 1, "stage1": 10,
     "stage3": 10, "features": 4, "voc07_svm": 3, "set_features": 3, "linear": 5, "semi_grid": 5, "semi_run": 5,
     "detection": 8, "segmentation": 5, "localization": 3,
 }  # fmt: skip
@@ -43,53 +43,20 @@ class Estimate:
         from orl.doctor.measure import Setup
 
         self.jobs, self.setup = jobs, Setup(folder)
-        self.maker = {file: job for job in jobs for file in job.outputs}
-        self.costs: dict[str, Any] = {}  # by `key`: a Cost, or why there is none
+        self.plan = Plan(jobs)
+        self.costs: dict[str, Any] = {}  # by Plan.key: a Cost, or why there is none
         self.boxes: dict[str, artifacts.Proposals] = {}  # by key of `propose`, or path
         self.models: dict[str, str] = {}  # stand-ins of models: what they are -> their folder
-        first = {self.key(job): job for job in reversed(jobs)}
+        first = {self.plan.key(job): job for job in reversed(jobs)}
         whole = sum(WEIGHTS.get(job.rule, 0) for job in first.values())
         self.seconds = {key: seconds * WEIGHTS.get(job.rule, 0) / max(whole, 1) for key, job in first.items()}
         self.starts = apart(_starts)
         self._photos()
-        for of_boxes in (True, False):  # others need the boxes
-            for key, job in first.items():
-                if job.rule in WEIGHTS and (job.rule == "propose") == of_boxes and key not in self.costs:
-                    self.costs[key] = self.measure(key, job)
-            importlib.import_module("orl.pretrain.loop")  # once, for all the processes that measure
-
-    # What a job depends on
-
-    def upstream(self, job: Job, *rules: str) -> Job | None:
-        """The nearest job of these rules among those whose files a job needs, itself first; None: they are made."""
-        found = [job]
-        for one in found:
-            if one.rule in rules:
-                return one
-            found += [maker for file in one.inputs if (maker := self.maker.get(file)) and maker not in found]
-        return None
-
-    def key(self, job: Job) -> str:
-        """Equal for jobs that a single measurement serves: seeds, epochs and shards aside."""
-        settings = json.loads(job.args.settings)
-        settings.pop("seed", None)
-        for stage in ("stage1", "stage3"):
-            settings.get(stage, {}).get("optimizer", {}).pop("epochs", None)
-        asked = vars(job.args)
-        named = [asked.get(name) for name in ("root", "set", "share")]
-        if job.rule in ("rois", "correspond", "stage3") and (proposals := self.upstream(job, "propose")):
-            named.append(self.key(proposals))
-        network = self.network(job) if job.rule not in ("stage1", "stage3", "propose", "manifest", "scenes") else None
-        return json.dumps([job.rule.replace("_run", "_grid"), settings, named, network, job.threads])
-
-    def network(self, job: Job) -> list | None:
-        """What model a job uses: the stage that trains it, its network, and the file of weights, if any is given."""
-        model = self.upstream(job, "stage1", "stage3", "random", "supervised")
-        if model is None:
-            return None
-        stage = "stage3" if model.rule == "stage3" else "stage1"
-        weights = model.config.supervised if model.rule == "supervised" else model.config.stage1.weights
-        return [getattr(model.config, stage).network.model_dump(), weights if model.rule != "random" else None]
+        left = {key: job for key, job in first.items() if job.rule in WEIGHTS and key not in self.costs}
+        for key in sorted(left, key=lambda key: left[key].rule != "propose"):  # whose boxes others need
+            if left[key].rule != "propose":
+                importlib.import_module("orl.pretrain.loop")  # once, for all the processes that measure
+            self.costs[key] = self.measure(key, left[key])
 
     def model(self, job: Job) -> str:
         """Folder of the model that a job uses, if it is made, or of one with its network."""
@@ -98,13 +65,13 @@ class Estimate:
         named = next((path for name in ("model", "backbone") if (path := vars(job.args).get(name))), None)
         if named and os.path.exists(named):
             return str(Path(named).parent)
-        found = self.upstream(job, "stage1", "stage3", "random", "supervised")
+        found = self.plan.upstream(job, "stage1", "stage3", "random", "supervised")
         if found is None:
             made = sorted(Path(self.results(), "models").glob("*/backbone.safetensors"))
             if not made:
                 raise InputError("there is no model to measure with")
             return str(made[0].parent)
-        what = json.dumps(self.network(job))
+        what = json.dumps(self.plan.network(job))
         if what not in self.models:
             network = (found.config.stage3 if found.rule == "stage3" else found.config.stage1).network
             folder = self.setup.folder / f"stand-in-{len(self.models)}"
@@ -123,18 +90,16 @@ class Estimate:
         from orl.doctor import measure
 
         setup, drawn = self.setup, next((job for job in self.jobs if job.rule == "scenes"), None)
-        of_photos = [
-            job for job in self.jobs if job.rule in ("manifest", "report", "propose", "embed", "stage1", "rois")
-        ]
-        setup.root = next((job.args.root for job in of_photos if job.args.root), "")
+        roots = (vars(job.args).get("root") for job in self.jobs if "manifest" in job.args or job.rule == "manifest")
+        setup.root = next(filter(None, roots), "")  # else nothing is left that reads photos
         if drawn:
             cost, few = apart(measure.scenes, setup, drawn)
-            self.costs[self.key(drawn)] = cost
+            self.costs[self.plan.key(drawn)] = cost
             setup.scenes = (drawn.args.output, drawn.config.data.scenes, few)
             setup.root = setup.find(setup.root)
         listing = next((job for job in self.jobs if job.rule == "manifest"), None)
         if listing:
-            key = self.key(listing)
+            key = self.plan.key(listing)
             self.costs[key], setup.photos, setup.manifest = apart(measure.manifest, setup, listing, self.seconds[key])
         else:
             whole = artifacts.read_manifest(f"{self.results()}/manifest.csv")
@@ -153,7 +118,7 @@ class Estimate:
             if job.rule in ("rois", "correspond", "stage3"):
                 setup.boxes = self.boxes_of(job)
             if job.rule == "correspond":
-                near = self.upstream(job, "neighbors")
+                near = self.plan.upstream(job, "neighbors")
                 known = near.config.neighbors.k if near else artifacts.read_neighbors(job.args.neighbors).index.shape[1]
                 setup.k = min(known, setup.photos - 1)
             if job.rule == "stage1" and job.config.stage1.weights:
@@ -167,9 +132,9 @@ class Estimate:
 
     def boxes_of(self, job: Job) -> artifacts.Proposals:
         """The boxes of the first photos of the sample, that the job uses."""
-        proposals = self.upstream(job, "propose")
+        proposals = self.plan.upstream(job, "propose")
         if proposals:
-            if (key := self.key(proposals)) not in self.boxes:
+            if (key := self.plan.key(proposals)) not in self.boxes:
                 raise InputError("there are no proposals to measure with")
             return self.boxes[key]
         found = artifacts.read_proposals(job.args.proposals)
@@ -183,7 +148,7 @@ class Estimate:
         """What a job needs, a Cost: its share of its stage, and its start."""
         from orl.doctor.measure import Cost, folder_size
 
-        found, start = self.costs.get(self.key(job)), self.starts[job.rule not in LIGHT]
+        found, start = self.costs.get(self.plan.key(job)), self.starts[job.rule not in LIGHT]
         if isinstance(found, Cost):
             epochs = 1
             if job.rule in ("stage1", "stage3"):
@@ -192,7 +157,7 @@ class Estimate:
             return found._replace(seconds=seconds, disk=found.disk * job.share)
         disk = 1e5
         if job.rule == "merge":
-            disk = sum(self.cost(self.maker[file]).disk if file in self.maker else os.path.getsize(file)
+            disk = sum(self.cost(self.plan.maker[file]).disk if file in self.plan.maker else os.path.getsize(file)
                        for file in job.inputs)  # fmt: skip
         elif job.rule in ("random", "supervised"):
             disk = folder_size(self.model(job))
@@ -221,12 +186,14 @@ def report(configfiles: Sequence[str], settings: Sequence[str], seconds: float) 
     with tempfile.TemporaryDirectory() as folder:
         estimate = Estimate(jobs, Path(folder), seconds)
         costs = [estimate.cost(job) for job in jobs]
-    failed = {job.rule: error for job in jobs if isinstance(error := estimate.costs.get(estimate.key(job)), Exception)}
+    failed = {
+        job.rule: error for job in jobs if isinstance(error := estimate.costs.get(estimate.plan.key(job)), Exception)
+    }
 
-    here = _counted(cores, "CPU core") + ", " + (_counted(len(devices), devices[0].name) if devices else "no GPU")
+    here = counted(cores, "CPU core") + ", " + (counted(len(devices), devices[0].name) if devices else "no GPU")
     photos, sample = estimate.setup.photos, estimate.setup.manifest
     of_files = size(photos * float(sample.bytes.mean())) if sample else "?"
-    print(f"{Path(estimate.results()).name}: {_counted(len(jobs), 'job')} to do, {photos:,} photos of about {of_files}")
+    print(f"{Path(estimate.results()).name}: {counted(len(jobs), 'job')} to do, {photos:,} photos of about {of_files}")
     print(f"measured for {time.monotonic() - began:.0f} s on this machine ({here}):\n")
     _table(jobs, costs, failed, bool(devices))
     took, held = span(jobs, [cost.seconds for cost in costs], [cost.memory for cost in costs], cores, len(devices))
@@ -252,10 +219,6 @@ def report(configfiles: Sequence[str], settings: Sequence[str], seconds: float) 
         for text in texts:
             print(f"{mark:8} {text}")
     return not problems
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _first(error: Exception) -> str:

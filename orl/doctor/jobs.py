@@ -1,6 +1,7 @@
 """The jobs that the workflow would run, as Snakemake plans them, and how long they take one after another."""
 
 import heapq
+import json
 import os
 import re
 import shlex
@@ -64,6 +65,45 @@ def _without_dirname(shell: str) -> str:
     return re.sub(
         r"\$\(dirname ('[^']*'|[^\s)]+)\)", lambda found: shlex.quote(os.path.dirname(shlex.split(found[1])[0])), shell
     )
+
+
+class Plan:
+    """How jobs hang together by their files."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.maker = {file: job for job in jobs for file in job.outputs}
+
+    def upstream(self, job: Job, *rules: str) -> Job | None:
+        """The nearest job of these rules among those whose files a job needs, itself first; None: they are made."""
+        found = [job]
+        for one in found:
+            if one.rule in rules:
+                return one
+            found += [maker for file in one.inputs if (maker := self.maker.get(file)) and maker not in found]
+        return None
+
+    def key(self, job: Job) -> str:
+        """Equal for jobs that a single measurement serves: seeds, epochs and shards aside."""
+        settings = json.loads(job.args.settings)
+        settings.pop("seed", None)
+        for stage in ("stage1", "stage3"):
+            settings.get(stage, {}).get("optimizer", {}).pop("epochs", None)
+        asked = vars(job.args)
+        named = [asked.get(name) for name in ("root", "set", "share")]
+        if job.rule in ("rois", "correspond", "stage3"):
+            proposals = self.upstream(job, "propose")
+            named.append(self.key(proposals) if proposals else job.args.proposals)
+        network = self.network(job) if job.rule not in ("stage1", "stage3", "propose", "manifest", "scenes") else None
+        return json.dumps([job.rule.replace("_run", "_grid"), settings, named, network, job.threads])
+
+    def network(self, job: Job) -> list | None:
+        """What model a job uses: the stage that trains it, its network, and the file of weights, if any is given."""
+        model = self.upstream(job, "stage1", "stage3", "random", "supervised")
+        if model is None:
+            return None
+        stage = "stage3" if model.rule == "stage3" else "stage1"
+        weights = model.config.supervised if model.rule == "supervised" else model.config.stage1.weights
+        return [getattr(model.config, stage).network.model_dump(), weights if model.rule != "random" else None]
 
 
 class Span(NamedTuple):

@@ -42,6 +42,11 @@ def size(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
+def counted(count: int, what: str) -> str:
+    """1 job, 2 jobs."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     """What a function returns in a process of its own, so that a library that dies takes no more with it.
 
@@ -83,10 +88,10 @@ def cores() -> float:
     """CPU cores that this process may use: its affinity, and the quota of its control group."""
     found: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError):
-        for text in _control_group("cpu.max"):
-            quota, period = text.split()
-            if quota != "max":
-                found = min(found, int(quota) / int(period))
+        limits = [text.split() for text in _control_group("cpu.max")]  # quota and period
+        quotas, periods = _control_group("cpu.cfs_quota_us"), _control_group("cpu.cfs_period_us")
+        limits += [[quota.strip(), period.strip()] for quota, period in zip(quotas, periods, strict=False)]
+        found = min([found, *(int(quota) / int(period) for quota, period in limits if quota not in ("max", "-1"))])
     return found
 
 
@@ -219,7 +224,7 @@ def _faiss() -> list[Finding]:
         _, nearest = faiss.knn(rows, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
     if (nearest[:, 0] != np.arange(64)).any():
         return [Finding(PROBLEM, f"{faiss.__version__} finds wrong neighbours: install it again")]
-    where = f"on {count} GPU{'s' if count > 1 else ''}" if count else "on the CPU"
+    where = f"on {counted(count, 'GPU')}" if count else "on the CPU"
     return [Finding(OK, f"{faiss.__version__}, {'' if gpu_build else 'not '}built for GPUs, searches {where}")]
 
 
@@ -468,6 +473,5 @@ def report(folder: Path = Path("results")) -> bool:
     for name, finding in check(folder):
         print(f"{finding.mark:8} {name:14} {finding.text}", flush=True)
         marks.append(finding.mark)
-    counts = [f"{marks.count(mark)} {mark}{'s' if marks.count(mark) != 1 else ''}" for mark in (PROBLEM, WARNING)]
-    print(", ".join(counts))
+    print(", ".join(counted(marks.count(mark), mark) for mark in (PROBLEM, WARNING)))
     return PROBLEM not in marks

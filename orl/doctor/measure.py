@@ -20,8 +20,7 @@ import numpy as np
 from orl import InputError, artifacts, gpus
 from orl.config import Config, Network, Scenes
 from orl.doctor.jobs import Job
-from orl.training.batches import PREFETCH
-from orl.workers import check_shared_memory
+from orl.doctor.machine import counted
 
 PHOTOS = 64  # of the run that are looked at, at most
 CLASSES = 12  # of the generated scenes
@@ -346,7 +345,6 @@ class Steps(NamedTuple):
 
 def steps_of(run: Any, part: int, seconds: float, least: int = 2) -> Steps:
     """Steps of a training of `part` photos at a time, or as many as can be; at least, and a multiple of, `least`."""
-    import torch
     from torch.utils.data import default_collate
 
     samples = run.samples
@@ -359,28 +357,42 @@ def steps_of(run: Any, part: int, seconds: float, least: int = 2) -> Steps:
         run.train_step([batch])
         return device_now() - began
 
-    count = least
-    step(count)
-    took = step(count)
-    low = memory()
-    count = part if run.on_gpu else max(least, min(part, int(seconds / 5 / took) * least) // least * least)
+    step(least)
+    few, low, count = min(step(least), step(least)), memory(), least
+    if run.on_gpu:
+        count = _fitting(step, part, least)
+    else:
+        took = few
+        while count < part and took < seconds / 12:  # as many as there is time for
+            count = min(2 * count, part // least * least)
+            step(count)
+            took = step(count)
+    times, _ = clock(lambda _: step(count), range(50), seconds / 3)
+    took, high = min(times), memory()
+    if count >= 4 * least:  # a step costs something whatever its photos
+        slope = max((took - few) / (count - least), took / count / 4)
+        compute, high = (took + slope * (part - count)) / part, high + (high - low) / (count - least) * (part - count)
+    else:
+        compute, high = took / count, high * part / count
+    how = (
+        f"{counted(len(times), 'step')} of {count} photos: {short(compute)} for one of {part}, {short(read)} to read it"
+    )
+    return Steps(compute, read, count, high + WORKER * run.workers, how)
+
+
+def _fitting(step: Callable[[int], Any], part: int, least: int) -> int:
+    """How many photos of `part` a step can take by the GPU's memory: a half, a quarter, ..."""
+    import torch
+
     while True:
         try:
-            step(count)
-            break
+            step(part)
+            return part
         except torch.OutOfMemoryError:
-            run.optimizer.zero_grad()
             torch.cuda.empty_cache()
-            if count // 2 < least:
+            if part // 2 < least:
                 raise
-            count //= 2
-    times, _ = clock(lambda _: step(count), range(50), seconds / 2)
-    high = memory()
-    if count > least:
-        high += (high - low) / (count - least) * (part - count)
-    compute = min(times) / count
-    how = f"{len(times)} steps of {count} photos at {short(compute)} each, {short(read)} to read one"
-    return Steps(compute, read, count, high + WORKER * run.workers, how)
+            part //= 2
 
 
 def _training(setup: Setup, job: Job, stage: str, seconds: float) -> Cost:
@@ -389,7 +401,9 @@ def _training(setup: Setup, job: Job, stage: str, seconds: float) -> Cost:
     from orl.config import Stage1
     from orl.pretrain import loop
     from orl.pretrain.samples import ImageViews, ObjectViews
+    from orl.training.batches import PREFETCH
     from orl.training.checkpoint import State
+    from orl.workers import check_shared_memory
 
     assert setup.manifest is not None
     config, settings = job.config, getattr(job.config, stage)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from orl.doctor.jobs import Job
+from orl.doctor.machine import counted
 from orl.doctor.measure import (
     PHOTOS,
     WORKER,
@@ -49,7 +50,7 @@ def _features(setup: Setup, job: Job, photos: Any, make: Any, count: float, item
     batch = max(2, min(BATCH, int(seconds / 6 / (run(2)[0] / 2))))
     took, _ = clock(lambda _: run(batch)[0], range(50), seconds / 3)
     compute = min(took) / batch
-    how = f"{len(took)} times {batch} photos at {short(compute)} each, {short(read)} to read one"
+    how = f"{batch} photos at a time, {short(compute)} each, {short(read)} to read one"
     return Cost(count * together(compute, read, job.threads), how, count * width * itemsize,
                 memory=memory() + WORKER * job.threads, gpu=gpu_memory())  # fmt: skip
 
@@ -215,4 +216,10 @@ def localization(setup: Setup, job: Job, seconds: float) -> Cost:
     next(found)
     left = seconds - (time.perf_counter() - began)
     some, each = clock(lambda _: next(found), rows[1:], left)
-    return Cost(setup.photos * each, f"{len(some)} photos at {short(each)}", RESULT, memory=memory(), gpu=gpu_memory())
+    return Cost(
+        setup.photos * each,
+        f"{counted(len(some), 'photo')} at {short(each)}",
+        RESULT,
+        memory=memory(),
+        gpu=gpu_memory(),
+    )
