@@ -210,7 +210,8 @@ def report(configfiles: Sequence[str], settings: Sequence[str], seconds: float) 
         print(f"Other programs are at work here (load {load:.1f} on {cores} cores): beside them it takes longer.")
     warnings = [f"{rule}: {_first(error)}" for rule, error in failed.items() if not isinstance(error, InputError)]
     if held > memory:
-        warnings.append("memory: jobs that run side by side take more than there is: fewer --cores, or smaller batches")
+        advice = "raise optimizer.accumulation, or run fewer jobs side by side (--cores)"
+        warnings.append(f"memory: {size(held)} are wanted, and {size(memory)} there: {advice}")
     problems = [f"{rule}: {_first(error)}" for rule, error in failed.items() if isinstance(error, InputError)]
     problems += dict.fromkeys(f"{job.rule}: {cost.fault}" for job, cost in zip(jobs, costs, strict=True) if cost.fault)
     if disk > free:

@@ -158,7 +158,7 @@ def scenes(setup: Setup, job: Job) -> tuple[Cost, Scenes]:
 
     whole = job.config.data.scenes
     few = whole.model_copy(update={"train": min(24, whole.train), "val": min(12, whole.val),
-                                   "objects_train": 1, "objects_val": 1})  # fmt: skip
+                                   "objects_train": min(3, whole.objects_train), "objects_val": 1})  # fmt: skip
     began = now()
     generate(setup.folder / "scenes", few, 1)
     each = (now() - began) / pictures(few)
@@ -357,26 +357,25 @@ def steps_of(run: Any, part: int, seconds: float, least: int = 2) -> Steps:
         run.train_step([batch])
         return device_now() - began
 
-    step(least)
-    few, low, count = min(step(least), step(least)), memory(), least
+    before, first, count, patience = memory(), step(least), least, seconds / 6
+    few = first if first > patience else min(step(least), step(least))
     if run.on_gpu:
         count = _fitting(step, part, least)
     else:
         took = few
-        while count < part and took < seconds / 12:  # as many as there is time for
+        while count < part and took < patience:  # as many as there is time for
             count = min(2 * count, part // least * least)
-            step(count)
             took = step(count)
-    times, _ = clock(lambda _: step(count), range(50), seconds / 3)
-    took, high = min(times), memory()
-    if count >= 4 * least:  # a step costs something whatever its photos
-        slope = max((took - few) / (count - least), took / count / 4)
-        compute, high = (took + slope * (part - count)) / part, high + (high - low) / (count - least) * (part - count)
-    else:
-        compute, high = took / count, high * part / count
-    how = (
-        f"{counted(len(times), 'step')} of {count} photos: {short(compute)} for one of {part}, {short(read)} to read it"
-    )
+    times = [few] if count == least else clock(lambda _: step(count), range(50), seconds / 3)[0]
+    took = min(times)
+    if count > least:  # a step costs something whatever its photos
+        took += max((took - few) / (count - least), took / count / 4) * (part - count)
+    compute = took / (part if count > least else count)
+    gradients = sum(one.nbytes for one in run.model.parameters() if one.requires_grad)
+    high = memory()
+    high += max(0.0, high - before - gradients) / count * (part - count)
+    of = f"{counted(len(times), 'step')} of {counted(count, 'photo')}"
+    how = f"{of}: {short(compute)} for one of {part}, {short(read)} to read it"
     return Steps(compute, read, count, high + WORKER * run.workers, how)
 
 

@@ -110,30 +110,37 @@ def voc07_svm(setup: Setup, job: Job, seconds: float) -> Cost:
 
 
 def _trained(
-    setup: Setup,
     run: Any,
     batch: int,
     photos: float,
     tested: float,
-    test: Callable[[Any], Any],
+    test: Callable[[int], int],
     seconds: float,
     least: int = 2,
 ) -> Cost:
-    """A training that sees so many photos in all, and so many test photos, of which `test` takes one."""
+    """A training that sees so many photos in all, and so many test photos, of which `test` takes some."""
     steps = steps_of(run, batch, seconds * 0.7, least)
-    _, of_test = clock(test, range(8), seconds * 0.2)
+    counts, of_test = clock(test, range(8), seconds * 0.2)
+    of_test /= counts[0]
     total = photos * steps.each(run) + tested * of_test
     state = 2 * sum(value.nbytes for value in run.model.state_dict().values())
     how = f"{steps.how}, {short(of_test)} to test one"
     return Cost(total, how, RESULT, 2 * state, steps.memory, gpu_memory())
 
 
-def _first(run: Any) -> Callable[[Any], Any]:
-    """Test a training on its first test photo alone, in this process."""
+def _some(run: Any) -> Callable[[int], int]:
+    """Test a training on a few of its test photos, in this process; how many."""
     from torch.utils.data import Subset
 
-    run.tested, run.threads = Subset(run.tested, [0]), 1
-    return lambda _: run.test()
+    count = min(16, len(run.tested))
+    run.tested = Subset(run.tested, range(count))
+
+    def test(_: int) -> int:
+        run.threads = 1
+        run.test()
+        return count
+
+    return test
 
 
 def _set(setup: Setup, job: Job) -> tuple[Any, Any, tuple[float, float]]:
@@ -151,7 +158,7 @@ def linear(setup: Setup, job: Job, seconds: float) -> Cost:
     made = supervised.linear_job(job.config, job.args.set, setup.backbone, train, val)
     run = supervised._Run(job.config, made, job.threads)
     counts = made.epochs * photos, made.epochs * tested
-    return _trained(setup, run, made.batch, *counts, _first(run), seconds)
+    return _trained(run, made.batch, *counts, _some(run), seconds)
 
 
 def semi_grid(setup: Setup, job: Job, seconds: float) -> Cost:
@@ -161,7 +168,7 @@ def semi_grid(setup: Setup, job: Job, seconds: float) -> Cost:
     rows, share, lr = np.arange(len(train)), job.args.share, job.config.downstream.semi.lr[0]
     made = supervised.semi_job(job.config, job.args.set, setup.backbone, train, rows, val, share, lr, 1.0, 0)
     run = supervised._Run(job.config, made, job.threads)
-    return _trained(setup, run, made.batch, made.epochs * photos * share, tested, _first(run), seconds)
+    return _trained(run, made.batch, made.epochs * photos * share, tested, _some(run), seconds)
 
 
 semi_run = semi_grid
@@ -182,7 +189,7 @@ def segmentation(setup: Setup, job: Job, seconds: float) -> Cost:
     train, test, (photos, tested) = _masks(setup, job)
     run = _Run(job.config, setup.backbone, train, test, job.threads)
     photos *= job.config.downstream.segmentation.epochs
-    return _trained(setup, run, run.batch, photos, tested, _first(run), seconds)
+    return _trained(run, run.batch, photos, tested, _some(run), seconds)
 
 
 def detection(setup: Setup, job: Job, seconds: float) -> Cost:
@@ -194,13 +201,14 @@ def detection(setup: Setup, job: Job, seconds: float) -> Cost:
     run = _Run(job.config, setup.backbone, train, test, job.threads)
 
     @torch.inference_mode()
-    def detect(row: int) -> None:
+    def detect(row: int) -> int:
         run.model.eval()
         with run.autocast:
             run.model([run.tested[row % len(run.tested)].to(run.device)])
+        return 1
 
     photos = (run.schedule.iterations + run.section.precise_bn) * run.schedule.batch
-    cost = _trained(setup, run, run.schedule.batch, photos, tested, detect, seconds, 1)
+    cost = _trained(run, run.schedule.batch, photos, tested, detect, seconds, 1)
     return cost._replace(disk=tested * 25e3)  # a hundred objects with masks on each
 
 

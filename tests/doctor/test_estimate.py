@@ -141,11 +141,13 @@ def test_the_estimated_disk_is_that_of_the_run(run):
         real[job.rule] += sum(map(size, job.outputs))
         if job.rule in ("stage1", "stage3"):
             real[job.rule] += sum(one.stat().st_size for one in folder.glob(f"{job.args.output}/state/*/checkpoint.pt"))
-    for rule, within in {"random": 0.02, "stage1": 0.02, "stage3": 0.02, "rois": 0.05, "features": 0.05}.items():
-        assert said[rule] == pytest.approx(real[rule], rel=within), rule
-    for rule in ("manifest", "propose", "embed", "neighbors", "correspond"):  # small: headers are half of them
-        attributes = 6000 * sum(job.rule == rule for job in planned)
-        assert said[rule] <= real[rule] <= 1.3 * said[rule] + attributes, rule
+    attributes = 6200  # bytes of an HDF5 file that are none of its data's
+    for rule in ("embed", "propose", "rois", "neighbors", "correspond", "features"):
+        data = real[rule] - attributes * sum(job.rule == rule for job in planned)
+        assert said[rule] == pytest.approx(data, rel=0.1, abs=500), rule
+    for rule in ("random", "stage1", "stage3"):
+        assert said[rule] == pytest.approx(real[rule], rel=0.02), rule
+    assert said["manifest"] == pytest.approx(real["manifest"], rel=0.2)
     assert sum(said.values()) == pytest.approx(sum(real.values()), rel=0.05)
 
 
