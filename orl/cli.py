@@ -301,10 +301,21 @@ def _report(args: argparse.Namespace, config: Config) -> None:
 
 
 def _doctor(args: argparse.Namespace, config: Config) -> None:
-    from orl.doctor.run import doctor
+    if args.run_folder:
+        from orl.doctor.run import doctor
 
-    if not doctor(args.run_folder, args.configfile, args.threads):
-        sys.exit(1)
+        if args.config:
+            raise InputError("--config is for an estimate, without RUN; put these settings into a file.")
+        good = doctor(args.run_folder, args.configfile, args.threads)
+    elif args.configfile:
+        from orl.doctor import estimate
+
+        good = estimate.report(args.configfile, args.config, args.seconds)
+    else:
+        from orl.doctor import machine
+
+        good = machine.report()
+    sys.exit(0 if good else 1)
 
 
 def _clean(args: argparse.Namespace, config: Config) -> None:
@@ -615,15 +626,22 @@ def parser() -> argparse.ArgumentParser:
     def of_a_run(name: str, run: Callable[[argparse.Namespace, Config], None], text: str) -> argparse.ArgumentParser:
         """A command about a whole run, whose settings lie in its folder."""
         sub = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
-        sub.add_argument("run_folder", metavar="RUN", help="folder of its results, such as results/scenes")
-        config_help = "config files to compare with, laid over each other (default: those of the run's last start)"
+        nargs = "?" if name == "doctor" else None
+        sub.add_argument("run_folder", nargs=nargs, metavar="RUN", help="folder of its results, as results/scenes")
+        config_help = "config files, laid over each other as by snakemake (default: those of the run's last start)"
         sub.add_argument("--configfile", nargs="+", default=[], metavar="FILE", help=config_help)
         sub.add_argument("--threads", type=_count, default=os.cpu_count(), help="CPU cores to use (default: all)")
         sub.set_defaults(run=run, settings="{}")
         return sub
 
-    text = "check every file of a run, and its photos: what is damaged or stale, and which command mends it"
-    of_a_run("doctor", _doctor, text)
+    text = (
+        "check every file of a run, and its photos: what is damaged or stale, and which command mends it; without RUN, "
+        "check this machine, or with --configfile estimate what is left of a run from a short measurement"
+    )
+    sub = of_a_run("doctor", _doctor, text)
+    sub.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="for an estimate: as for snakemake")
+    seconds_help = "for an estimate: about how long to measure (default %(default)s)"
+    sub.add_argument("--seconds", type=float, default=60, help=seconds_help)
     text = "remove large files of a run that can be made again, after showing them"
     sub = of_a_run("clean", _clean, text)
     sub.add_argument("--leftovers", action="store_true", help="also results of earlier configs that this one has not")

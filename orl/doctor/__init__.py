@@ -1,1 +1,1 @@
-"""Whether a run is sound, what mends it, and what of it can be removed."""
+"""`orl doctor` and `orl clean`: what a machine can do, what a run will need, whether it is sound, and what can go."""

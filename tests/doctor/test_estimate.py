@@ -1,0 +1,223 @@
+"""Estimates of runs beside the runs themselves: jobs, files, and what does not fit."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orl.config import Config, merge
+from orl.doctor import estimate, jobs
+
+PROJECT = Path(__file__).parents[2]
+TINY = {
+    "name": "tiny",
+    "data": {"scenes": {"train": 24, "val": 12, "objects_train": 1, "objects_val": 1}},
+    "stage1": {
+        "network": {"backbone": "resnet10", "hidden": 16, "projection": 8},
+        "views": {"size": 32, "blur_radius": [0.1, 0.5]},
+        "optimizer": {"batch": 8, "epochs": 2, "lr": 1.0, "warmup_epochs": 1},
+    },
+    "embeddings": {"resize": 40, "crop": 32},
+    "proposals": {"min_size": 32, "top_n": 5},
+    "neighbors": {"k": 3},
+    "rois": {"size": 32},
+    "stage3": {"patch": 24},
+    "downstream": {
+        "tasks": ["voc07_svm"],
+        "voc07_svm": {"resize": 72, "size": 64, "stages": [5], "costs": [0.01]},
+    },
+    "compute": {"threads": 1, "shards": {"proposals": 2, "rois": 3, "correspondences": 2}},
+}
+VARIANTS = {
+    "repeats": 2,
+    "variants": {"k2": {"neighbors": {"k": 2}}, "grid": {"measure": ["pairs"], "proposals": {"method": "grid"}}},
+}
+ALL_TASKS = {
+    "downstream": {"tasks": ["all"], "semi": {"shares": [0.5], "weight_decay": [0.0], "lr": [0.1], "head": [1, 10]}},
+    "export": ["torchvision", "timm"],
+}
+
+
+def written(folder, *changes):
+    """Config files, each laid over those before."""
+    files = []
+    for number, config in enumerate([TINY, *changes]):
+        files.append(folder / f"{number}.yaml")
+        files[-1].write_text(yaml.safe_dump(config))
+    return list(map(str, files))
+
+
+def snakemake(folder, files, *arguments):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--cores", "2",
+               "--directory", str(folder), "--configfile", *files, *arguments]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def doctor(folder, *arguments, first=()):
+    path = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+    command = [*first, sys.executable, "-m", "orl", "doctor", "--seconds", "2", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("changes", [(), (VARIANTS,), (ALL_TASKS,), (VARIANTS, ALL_TASKS)])
+def test_the_jobs_are_those_that_snakemake_counts(tmp_path, monkeypatch, changes):
+    files = written(tmp_path, *changes)
+    text = snakemake(tmp_path, files, "--dry-run")
+    table = text.partition("Job stats:")[2].partition("total")[0]
+    counted = {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)\s*$", table, re.MULTILINE)}
+    assert counted.pop("all") == 1
+    monkeypatch.chdir(tmp_path)
+    planned = jobs.planned(files, [], 2)
+    assert Counter(job.rule for job in planned) == counted
+    assert (counted["stage1"], counted["stage3"]) == ((2, 4) if VARIANTS in changes else (1, 1))
+
+
+def test_a_job_has_the_settings_and_files_of_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = written(tmp_path, VARIANTS)
+    planned = jobs.planned(files, ["proposals={top_n: 7}"], 2)
+    by_output = {job.outputs[0]: job for job in planned}
+    third = by_output["results/tiny/discovery/rois/0003-of-0003.h5"]
+    assert (third.rule, third.args.shard, third.share, third.threads) == ("rois", (3, 3), 1 / 3, 1)
+    assert third.inputs[:2] == ("results/tiny/manifest.csv", "results/tiny/discovery/proposals.h5")
+    assert by_output["results/tiny/discovery/proposals/0001-of-0002.h5"].config.proposals.top_n == 7
+    assert by_output["results/tiny/discovery-k2/neighbors.h5"].config.neighbors.k == 2
+    trained = by_output["results/tiny/models/stage1.seed1/backbone.safetensors"]
+    assert (trained.config.seed, trained.args.output) == (1, "results/tiny/models/stage1.seed1")
+
+
+def made_up(name, threads, *needs, gpus=0):
+    return jobs.Job(name, Namespace(gpus=gpus), Config(), threads, needs, (name,))
+
+
+def test_the_time_of_jobs_side_by_side():
+    few = [made_up("a", 1), made_up("b", 1), made_up("c", 2, "a", "b"), made_up("d", 1, "a")]
+    seconds, memory = [3.0, 5.0, 4.0, 1.0], [10.0, 20.0, 5.0, 40.0]
+    assert jobs.span(few, seconds, memory, 2, 0) == (9.0, 60.0)  # d beside b, then c alone
+    assert jobs.span(few, seconds, memory, 1, 0) == (13.0, 40.0)
+    assert jobs.span(few, seconds, memory, 8, 0).seconds == 9.0
+    wanting = [made_up("a", 1, gpus=8), made_up("b", 1, gpus=1)]
+    assert jobs.span(wanting, [2.0, 3.0], [0.0, 0.0], 4, 1).seconds == 5.0  # each gets what it wants or what there is
+    assert jobs.span(wanting, [2.0, 3.0], [0.0, 0.0], 4, 0).seconds == 3.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What was estimated of a run, by rule: jobs and costs; and the folder in which it was then done."""
+    folder = tmp_path_factory.mktemp("run")
+    files = written(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        planned = jobs.planned(files, [], 2)
+        found = estimate.Estimate(planned, tmp_path_factory.mktemp("measured"), 20)
+        costs = [found.cost(job) for job in planned]
+        failed = [cost for cost in found.costs.values() if isinstance(cost, Exception)]
+    assert not failed
+    snakemake(folder, files)
+    return folder, planned, costs
+
+
+def test_the_estimated_disk_is_that_of_the_run(run):
+    folder, planned, costs = run
+
+    def size(path):
+        whole = folder / path
+        return whole.stat().st_size if whole.is_file() else sum(one.stat().st_size for one in whole.rglob("*.*"))
+
+    said, real = Counter(), Counter()
+    for job, cost in zip(planned, costs, strict=True):
+        said[job.rule] += cost.disk
+        real[job.rule] += sum(map(size, job.outputs))
+        if job.rule in ("stage1", "stage3"):
+            real[job.rule] += sum(one.stat().st_size for one in folder.glob(f"{job.args.output}/state/*/checkpoint.pt"))
+    attributes = 6200  # bytes of an HDF5 file that are none of its data's
+    for rule in ("embed", "propose", "rois", "neighbors", "correspond", "features"):
+        data = real[rule] - attributes * sum(job.rule == rule for job in planned)
+        assert said[rule] == pytest.approx(data, rel=0.1, abs=500), rule
+    for rule in ("random", "stage1", "stage3"):
+        assert said[rule] == pytest.approx(real[rule], rel=0.02), rule
+    assert said["manifest"] == pytest.approx(real["manifest"], rel=0.2)
+    assert sum(said.values()) == pytest.approx(sum(real.values()), rel=0.05)
+
+
+def test_every_stage_takes_time_and_memory(run):
+    _, planned, costs = run
+    for job, cost in zip(planned, costs, strict=True):
+        assert 0 < cost.seconds < 3600, job.rule
+        assert 10e6 < cost.memory < 10e9, job.rule
+    times = {job.rule: cost.seconds for job, cost in zip(planned, costs, strict=True)}
+    assert times["stage3"] > times["report"]  # more than its start
+
+
+def test_nothing_is_left_of_a_finished_run(run):
+    folder, _, _ = run
+    done = doctor(folder, "--configfile", *written(folder))
+    assert (done.returncode, done.stdout) == (0, "nothing is left to do\n")
+
+
+def test_what_exists_is_measured_with(run, tmp_path):
+    """Of another patch size, stage 3 and what follows are left; boxes, pairs and models are those of the run."""
+    folder, _, _ = run
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    done = doctor(tmp_path / "copy", "--configfile", *written(tmp_path), "--config", "stage3={patch: 16}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("tiny: 4 jobs to do, 24 photos of about ")
+    assert re.findall(r"^(\w+) +1 ", done.stdout, re.MULTILINE) == ["stage3", "features", "voc07_svm", "report"]
+    assert re.search(r"^about \d+ s on this machine \(.*\); \d+ MB of disk \(.* free\), ", done.stdout, re.MULTILINE)
+
+
+def test_what_cannot_be_done_is_said_before_it_is_tried(photos, tmp_path):
+    """A batch larger than the photos are many, and too little disk."""
+    small = tmp_path / "disk"
+    small.mkdir()
+    mount = f'mount -t tmpfs -o size=20m none {small} && cd {small} && exec "$@"'
+    first = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*first, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    files = written(tmp_path, {"data": {"layout": "folder", "root": str(photos)}}, {"proposals": {"min_size": 16}})
+    done = doctor(tmp_path, "--configfile", *files, "--config", "stage3={optimizer: {batch: 64}}", first=first)
+    assert done.returncode == 1, done.stdout + done.stderr
+    problems = re.findall(r"^problem +(.*)$", done.stdout, re.MULTILINE)
+    assert problems[0] == "stage3: stage3.optimizer.batch is 64, but there are 10 photos: make it smaller"
+    assert re.fullmatch(r"disk: \d+ MB are missing where results lie: .*", problems[1])
+    assert re.search(r"^stage3 +1 +\? ", done.stdout, re.MULTILINE)
+    assert ", and what stage3 will take; " in done.stdout
+
+
+def test_a_config_that_is_wrong_is_refused_in_one_sentence(tmp_path):
+    files = written(tmp_path, {"data": {"layout": "folder", "root": "nowhere"}})
+    done = doctor(tmp_path, "--configfile", *files)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "orl doctor: config: data.root: 'nowhere' is no folder; set it to the folder of your photos.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2.0 h"), (8 * 86400, "8.0 days")]
+)
+def test_durations_for_people(seconds, text):
+    assert estimate.duration(seconds) == text
+
+
+def test_measurements_serve_all_seeds_and_epochs(tmp_path, monkeypatch):
+    """One for each kind of job, not for each job."""
+    monkeypatch.chdir(tmp_path)
+    config = merge(VARIANTS, {"variants": {"long": {"measure": ["stage1"], "stage1": {"optimizer": {"epochs": 9}}}}})
+    planned = jobs.planned(written(tmp_path, config), [], 2)
+    plan = jobs.Plan(planned)
+    kinds = Counter(rule for rule, _ in {(job.rule, plan.key(job)) for job in planned})
+    assert Counter(job.rule for job in planned)["stage1"] == 4
+    assert kinds["stage1"] == kinds["embed"] == kinds["features"] == 1
+    assert kinds["propose"] == kinds["rois"] == 2  # selective search and the grid's
