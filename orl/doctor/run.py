@@ -23,6 +23,7 @@ from orl.places import MODELS
 Mark = Literal["ok", "stale", "damaged", "missing", "note"]
 BAD = ("stale", "damaged", "missing")
 EXTRA = {"made_with", "features", "run"}  # what a result tells among its settings that is none of its own
+SNAKEMAKE = "Snakemake"  # of which a line tells
 NAMED = 3  # photos of a kind; more are counted
 
 
@@ -54,7 +55,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
     force: list[str] = []
     remove: list[str] = []
     commands = set()
-    is_unfinished = False
+    is_unfinished = at_work = False
     with contextlib.chdir(home):
         if home != here:
             print(f"Commands are to be typed in {home}.")
@@ -62,6 +63,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
             counts[finding.mark] += 1
             print(f"{finding.mark:8} {finding.what}: {finding.text}")
             is_unfinished |= finding.mark == "note" and finding.again
+            at_work |= finding.what == SNAKEMAKE and finding.mark == "note"
             command = finding.command or mend(
                 chain, finding.remove, finding.force, finding.again and finding.mark in BAD
             )
@@ -73,7 +75,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
             sys.stdout.flush()
         if len(commands) > 1:
             print(f"All at once:\n{'':8}   {mend(chain, remove, force, True)}")
-        elif is_unfinished and not commands:
+        elif is_unfinished and not commands and not at_work:
             print(f"To make what is not made yet:\n{'':8}   {mend(chain, (), (), True)}")
     words = {"ok": "ok", "note": "notes" if counts["note"] != 1 else "note"}
     told = [f"{count} {words.get(mark, mark)}" for mark, count in counts.items() if count]
@@ -252,11 +254,13 @@ class Examination:
             yield Finding("missing", "rejected.csv", "it was removed", force)
 
     def _scenes(self) -> list[str]:
-        """Why the generated scenes are not those of the settings."""
+        """Why the generated scenes, if they are there, are not those of the settings."""
+        if not os.path.isdir(self.places.root):
+            return []
         try:
             found = json.loads(Path(self.places.root, "scenes.json").read_text(encoding="utf-8"))["settings"]
         except (OSError, LookupError, ValueError):
-            return ["the scenes are not there, or not whole"]
+            return ["the scenes are not whole"]
         told = differences(
             {"data": {"scenes": found}}, {"data": {"scenes": self.places.run.data.scenes.model_dump(mode="json")}}
         )
@@ -268,8 +272,10 @@ class Examination:
         root, again = self.places.root, ("manifest",)
         what = f"photos in {root}"
         if not os.path.isdir(root):
-            advice = "bring it back" if self.places.scenes else "bring it back, or set data.root"
-            yield Finding("missing", what, f"there is no such folder; {advice}", again=self.places.scenes)
+            advice = "" if self.places.scenes else "; bring it back, or set data.root"
+            yield Finding(
+                "missing", what, f"there is no such folder{advice}", ("scenes",) if self.places.scenes else ()
+            )
             return
         made = os.stat(f"{self.places.results}/manifest.csv").st_mtime
         try:
@@ -295,45 +301,44 @@ class Examination:
             yield Finding("ok", what, f"{len(manifest)} as the manifest says")
 
     def _model(self, stage: str, v: str) -> Iterator[Finding]:
-        place = self.places.found(stage, v)
-        files = self.chain.files(stage, v)
-        force = self._targets(stage, v)
+        section = self.chain.config(v).stage3 if stage == "stage3" else self.chain.config(v).stage1
+        epochs = 0 if self.chain.weights(stage, v) else section.optimizer.epochs
+        paths = self.chain.files(stage, v)
+        if stage != "random":
+            paths.append(f"{self.places.found(stage, v)}/metrics.csv")
+        force, anew = self._targets(stage, v), self._anew(stage, v)
         prints = set()
-        epochs = 0
-        for path in files:
+        for path in paths:
+            what = self.chain.short(path)
             if not os.path.exists(path):
-                yield Finding("missing", self.chain.short(path), "it was removed", force)
+                yield Finding("missing", what, f"it was removed{anew}", force)
                 continue
             reasons: list[str] = []
             damage = text = ""
             try:
-                attributes = artifacts.attributes(path)
-                content.check_stamp(path, attributes, SCHEMAS[stage])
-                reasons = self.chain.reasons(stage, v, attributes)
-                settings = json.loads(attributes["settings"])
-                epochs = settings.get(stage, {}).get("optimizer", {}).get("epochs", 0)
-                prints.add(attributes["fingerprint"])
-                text = content.check_weights(path)
-                if len(prints) > 1 and not reasons:
-                    reasons = ["of another training than backbone.safetensors"]
+                if path.endswith(".csv"):
+                    text = content.check_metrics(path, epochs)
+                else:
+                    attributes = artifacts.attributes(path)
+                    content.check_stamp(path, attributes, SCHEMAS[stage])
+                    reasons = self.chain.reasons(stage, v, attributes)
+                    prints.add(attributes["fingerprint"])
+                    text = content.check_weights(path)
+                    if len(prints) > 1 and not reasons:
+                        reasons = ["of another training than backbone.safetensors"]
             except InputError as error:
-                damage = str(error)
-            found = self._judged(stage, v, self.chain.short(path), text, damage, reasons, force)
+                damage = f"{str(error).rstrip('.')}{anew}"
+            found = self._judged(stage, v, what, text, damage, reasons, force)
             yield found
             if found.mark == "stale":  # so are the others
                 return
-        metrics = f"{place}/metrics.csv"
-        if stage == "random":
-            return
-        if not os.path.exists(metrics):
-            yield Finding("missing", self.chain.short(metrics), "it was removed", force)
-            return
-        damage = text = ""
-        try:
-            text = content.check_metrics(metrics, 0 if self.chain.weights(stage, v) else epochs)
-        except InputError as error:
-            damage = str(error)
-        yield self._judged(stage, v, self.chain.short(metrics), text, damage, (), force)
+
+    def _anew(self, stage: str, v: str) -> str:
+        """That a model can only be made again by training it from the start, where its checkpoint is gone."""
+        if stage not in ("stage1", "stage3") or self.chain.weights(stage, v):
+            return ""
+        kept = Path(self.places.found(stage, v), "state", (self.chain.stamp(stage, v) or "")[:16], "checkpoint.pt")
+        return "" if kept.exists() else " (trained again from the start: its checkpoint is gone)"
 
     def _whole(self, stage: str, v: str) -> Iterator[Finding]:
         path = self.chain.files(stage, v)[0]
@@ -679,13 +684,12 @@ class Examination:
 
     def _snakemake(self) -> Iterator[Finding]:
         results = self.places.results
-        what = "Snakemake"
         if left.locked_by_snakemake(results):
             if left.snakemake_runs():
-                yield Finding("note", what, "is at work; what it has not come to yet may be stale")
+                yield Finding("note", SNAKEMAKE, "is at work; what it has not come to yet may be stale")
                 return
             text = "was killed, or works on another machine; only if it does not:"
-            yield Finding("stale", what, text, command="snakemake --unlock")
+            yield Finding("stale", SNAKEMAKE, text, command="snakemake --unlock")
         for path in left.incomplete(results):
             command = f"{mend(self.chain, (), (), True)} --rerun-incomplete"
             yield Finding(

@@ -180,6 +180,16 @@ def test_a_damaged_checkpoint_is_to_be_deleted(examine):
     assert (line.mark, line.command) == ("damaged", f"rm -r {path.parent} && {AGAIN}")
 
 
+def test_what_can_only_be_trained_from_the_start_is_said(examine):
+    shutil.rmtree(RUN / "models/orl/state")
+    cut("models/orl/model.safetensors")
+    told = examine()
+    assert told.lines["models/orl/model.safetensors"].text.endswith(
+        "(trained again from the start: its checkpoint is gone)"
+    )
+    assert told.lines["models/orl/metrics.csv"].mark == "ok"
+
+
 def test_what_a_command_deletes_is_then_no_more_named(examine):
     cut(ROI)
     command = examine().lines[ROI].command
