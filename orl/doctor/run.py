@@ -18,6 +18,7 @@ from orl import InputError, artifacts
 from orl.config import EXPORTS, used, used_by_share
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, differences, open_run, rule_of
+from orl.doctor.labels import Labels, is_newer
 from orl.places import MODELS
 
 Mark = Literal["ok", "stale", "damaged", "missing", "note"]
@@ -100,12 +101,12 @@ class Examination:
 
     def __init__(self, chain: Chain, threads: int) -> None:
         self.chain, self.places, self.threads = chain, chain.places, threads
-        self.needed = self.places.needed()
+        self.needed = self.places.needed
         self.asked = {(stage, self.places.owner(stage, v)) for stage, v in self.places.asked()}
         self.stale: set[tuple[str, str]] = set()
         self.manifest: artifacts.Manifest | None = None
         self.refused: list[str] = []  # the files that are no photo
-        self._labels: dict[tuple[str, str], list[str]] = {}
+        self.labels = Labels(chain)
 
     def findings(self) -> Iterator[Finding]:
         """All there is to say, in the order in which things are made."""
@@ -116,6 +117,8 @@ class Examination:
                     yield from self._stage(stage, v)
             if stage == "manifest" and self.manifest:
                 yield from self._photos(self.manifest)
+        for what, why in self.labels.gone.items():
+            yield Finding("missing", what, why)
         yield from self._exports()
         yield from self._report()
         yield from self._states()
@@ -158,13 +161,7 @@ class Examination:
         if (stage, v) not in self.needed:
             return
         what = self.chain.short(self.places.found(stage, v))
-        later = [
-            (other, run)
-            for other in self.places.upstream
-            for run in self.places.runs
-            if stage in self.places.made_from(other, run) and self.places.owner(stage, run) == v
-        ]
-        used_up = any(self.chain.exists(*one) for one in later if (one[0], self.places.owner(*one)) in self.needed)
+        used_up = any(self.chain.exists(*one) for one in self.places.made_of(stage, v))
         if (stage, v) in self.asked and (used_up or self._is_finished):
             yield Finding("missing", what, "it was removed", again=True)
         elif used_up:
@@ -192,7 +189,7 @@ class Examination:
     ) -> Finding:
         """One finding on a file of a stage, of what was seen."""
         if damage:
-            again = bool(remove) and not force and self._is_wanting(stage, v)
+            again = bool(remove) and not force and not self._is_done(stage, v)
             return Finding("damaged", what, self._said(damage), force, remove, again)
         if reasons:
             return Finding("stale", what, "; ".join(reasons), force, remove)
@@ -205,13 +202,9 @@ class Examination:
         """What an InputError says, without the path that the line begins with."""
         return re.sub(rf"^{re.escape(self.places.results)}/[^:]*: ", "", message).rstrip(".")
 
-    def _is_wanting(self, stage: str, v: str) -> bool:
-        """Whether something that is made from a stage is not there yet."""
-        return any(
-            not self.chain.exists(other, run)
-            for other, run in self.needed
-            if stage in self.places.made_from(other, run) and self.places.owner(stage, run) == v
-        )
+    def _is_done(self, stage: str, v: str) -> bool:
+        """Whether all that is to be made from a stage is there."""
+        return all(self.chain.exists(*one) for one in self.places.made_of(stage, v))
 
     def _targets(self, stage: str, v: str) -> tuple[str, ...]:
         """What --forcerun is to be given so that a stage is made again, and no more than that."""
@@ -355,7 +348,7 @@ class Examination:
         yield from self._shards(stage, v, os.path.exists(path))
 
     def _rois(self, stage: str, v: str) -> Iterator[Finding]:
-        yield from self._shards(stage, v, not self._is_wanting(stage, v))
+        yield from self._shards(stage, v, self._is_done(stage, v))
 
     def _shards(self, stage: str, v: str, done: bool) -> Iterator[Finding]:
         """`done`: what they are for is there, so that they may be removed."""
@@ -430,7 +423,7 @@ class Examination:
             stages = tuple(settings["downstream"]["voc07_svm"]["stages"]) if task == "features" else ()
             text = content.check_arrays(path, schema, stages=stages)
             names = ("photo list",) if task == "features" else ("train", "val")
-            now = self._labels_of(task, v, path)
+            now = self.labels.of(task, v, path)
             if now and [inputs.get(name) for name in names] != now[1:]:
                 reasons.append("made of other labelled photos than those there")
         except InputError as error:
@@ -473,52 +466,10 @@ class Examination:
                 reasons.append("measured on other annotations than those there")
         task = stage.split()[0]
         if "fingerprint" in data:
-            now = self._labels_of(task, v, path)
+            now = self.labels.of(task, v, path)
             if now and data["fingerprint"] != now[0]:
                 reasons.append("measured on other labels than those there")
         return reasons
-
-    def _labels_of(self, task: str, v: str, path: str) -> list[str]:
-        """What results (first), and features (the others), say of the labelled photos of a task as they lie there now.
-
-        Nothing where reading them takes long and no list of them was written since `path`.
-        """
-        kind, _, name = task.partition(".")
-        section, masks = self.chain.config(v).downstream.voc07_svm, self.chain.config(v).downstream.detection
-        of_masks = [
-            f"{self.places.mask_root(v)}/annotations/instances_{part}.json" for part in (masks.train, masks.test)
-        ]
-        if kind == "detection":
-            return ["".join((self.chain.of_file(file) or "")[:32] for file in of_masks)]
-        if kind == "segmentation" and all(map(os.path.exists, of_masks)) and not _is_newer(of_masks, path):
-            return []
-        key = "svm" if kind in ("features", "voc07_svm", "voc07_lowshot") else name or kind, v
-        if key not in self._labels:
-            if kind == "segmentation":
-                from orl.data.instances import read
-
-                both = [read(self.places.mask_root(v) or "", part).fingerprint() for part in (masks.train, masks.test)]
-                others = list[str]()
-            elif name:
-                from orl.downstream import sets
-
-                both = [
-                    one.fingerprint() for one in sets.read(self.chain.config(v), name, self.places.set_root(name, v))
-                ]
-                others = both
-            else:
-                from orl.data.labels import listed, read_splits
-
-                splits = {"voc": ("trainval", "test"), "coco": ("train2017", "val2017")}[section.layout]
-                named = section.train or splits[0], section.test or splits[1]
-                root = self.places.labels(v) or ""
-                files = [f"{root}/annotations/instances_{split}.json" for split in named]
-                if section.layout == "coco" and all(map(os.path.exists, files)) and not _is_newer(files, path):
-                    return []
-                train, test = read_splits(root, section.layout, *named)
-                both, others = [train.fingerprint(), test.fingerprint()], [listed(train, test)]
-            self._labels[key] = ["".join(one[:32] for one in both), *others]
-        return self._labels[key]
 
     def _semi(self, stage: str, v: str) -> Iterator[Finding]:
         task = stage.split()[0]
@@ -608,7 +559,7 @@ class Examination:
                     if os.path.exists(backbone):
                         yield Finding("missing" if self._is_finished else "note", what, "not there", again=True)
                     continue
-                older = os.path.exists(backbone) and _is_newer([backbone], path)
+                older = os.path.exists(backbone) and is_newer([backbone], path)
                 if path.endswith(".safetensors") and os.path.exists(backbone):
                     older = self.chain.of_file(path) != self.chain.of_file(backbone)
                 reasons = [self.chain.other(backbone)] if older else []
@@ -627,7 +578,7 @@ class Examination:
             return
         shown = {self.chain.files(*one)[0] for one in self.places.asked() if one[0] not in MODELS.values()}
         shown |= {f"{self.places.found(*one)}/metrics.csv" for one in self.places.trained()}
-        newer = sorted(file for file in shown if os.path.exists(file) and _is_newer([file], path))
+        newer = sorted(file for file in shown if os.path.exists(file) and is_newer([file], path))
         stale = sorted(self.places.found(*one) for one in self.stale)
         if newer:
             yield Finding("stale", what, f"older than {self.chain.short(newer[0])}, which it shows", ("report",))
@@ -695,7 +646,3 @@ class Examination:
             yield Finding(
                 "damaged", self.chain.short(path), "Snakemake began to make it and was stopped", command=command
             )
-
-
-def _is_newer(files: Sequence[str], than: str) -> bool:
-    return any(os.stat(file).st_mtime > os.stat(than).st_mtime for file in files)

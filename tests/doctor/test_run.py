@@ -309,7 +309,10 @@ def test_labels_that_changed_make_what_was_measured_on_them_stale(examine):
     assert told.lines["downstream/orl/mine.features.h5"].text == "made of other labelled photos than those there"
     assert "measured on other labels than those there" in told.lines["downstream/orl/knn.mine.json"].text
     shutil.rmtree("labelled")
-    assert "no such folder" in examine().lines["downstream/orl/knn.mine.json"].text
+    told = examine()
+    assert told.lines["labelled photos of mine"].mark == "missing"
+    assert "no such folder" in told.lines["labelled photos of mine"].text
+    assert told.lines["downstream/orl/knn.mine.json"].mark == "ok"
 
 
 def test_what_a_config_does_not_ask_for_is_a_note(examine):
