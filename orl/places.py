@@ -79,6 +79,7 @@ class Places:
         self.upstream: dict[str, tuple[str, ...]] = dict(UPSTREAM)
         self.paths = dict(PATHS)
         self._digests: dict[Made, str] = {}
+        self._owners: dict[Made, str] = {}
         for name in self.sets:
             self.upstream[f"subset.{name}"] = ()
             self.paths[f"subset.{name}"] = f"downstream/subset{{v}}/{name}"
@@ -138,6 +139,11 @@ class Places:
         The first with equal settings for the stage and everything upstream of it; among several, one whose folder was
         last made with these settings, so that going back to settings which another variant holds finds its results.
         """
+        if (stage, v) not in self._owners:
+            self._owners[stage, v] = self._owner(stage, v)
+        return self._owners[stage, v]
+
+    def _owner(self, stage: str, v: str) -> str:
         wanted = self.digest(stage, v)
         equal = [other for other in self.runs if self.digest(stage, other) == wanted]
         return next((other for other in equal if self.held.get(self.place(stage, other)) == wanted), equal[0])
@@ -273,6 +279,7 @@ class Places:
         ]
         return [("manifest", ""), *self.trained(), *page, *self.scores(), *results]
 
+    @cached_property
     def needed(self) -> set[Made]:
         """`asked` and all that this is made from, by the run whose folder holds it."""
         found: set[Made] = set()
@@ -284,6 +291,18 @@ class Places:
                 continue
             found.add(made)
             left += [(upstream, v) for upstream in self.made_from(stage, v)]
+        return found
+
+    def made_of(self, stage: str, v: str) -> list[Made]:
+        """What of `needed` is made from a stage in the folder of run `v`."""
+        return self._made_of.get((stage, v), [])
+
+    @cached_property
+    def _made_of(self) -> dict[Made, list[Made]]:
+        found: dict[Made, list[Made]] = {}
+        for stage, v in sorted(self.needed):
+            for upstream in self.made_from(stage, v):
+                found.setdefault((upstream, self.owner(upstream, v)), []).append((stage, v))
         return found
 
     def made_from(self, stage: str, v: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_the_ledger_keeps_what_other_configs_began():
     ],
 )
 def test_a_run_needs_what_it_measures_and_what_that_is_made_from(measure, there, absent):
-    needed = {stage for stage, _ in places(measure=measure).needed()}
+    needed = {stage for stage, _ in places(measure=measure).needed}
     assert there <= needed
     assert not absent & needed
 

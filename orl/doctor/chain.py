@@ -159,7 +159,8 @@ def open_run(folder: str, configs: Sequence[str]) -> tuple[str, Chain]:
     results = Path(os.path.abspath(folder))
     if not results.is_dir():
         raise InputError(f"{folder}: no such folder; name the results of a run, such as results/scenes.")
-    if not any((results / name).exists() for name in ("variants.json", "config.json", "manifest.csv", "models")):
+    marks = ("variants.json", "config.json", "manifest.csv", "models")
+    if len(results.parents) < 2 or not any((results / name).exists() for name in marks):
         raise InputError(f"{folder}: is no run; name a folder such as results/scenes.")
     home, name = results.parents[1], str(results.relative_to(results.parents[1]))
     kept = results / "config.json"

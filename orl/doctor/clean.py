@@ -134,14 +134,8 @@ def _is_current(chain: Chain, stage: str, v: str) -> bool:
 
 def _is_done(chain: Chain, stage: str, v: str) -> bool:
     """Whether all that is to be made from a stage is there as it would be made now."""
-    places = chain.places
-    later = [
-        (other, places.owner(other, run))
-        for other, run in places.needed()
-        if stage in places.made_from(other, run) and places.owner(stage, run) == v
-    ]
-    whole = ("correspondences", "neighbors", "stage3", "rois")
-    return all(_is_current(chain, *one) if one[0] in whole else chain.exists(*one) for one in later)
+    later = chain.places.made_of(stage, v)
+    return all(_is_current(chain, *one) if one[0] in SCHEMAS else chain.exists(*one) for one in later)
 
 
 def _shards(chain: Chain, kept: list[str]) -> Iterator[Found]:
@@ -174,7 +168,7 @@ def _shards(chain: Chain, kept: list[str]) -> Iterator[Found]:
 def _features(chain: Chain) -> Iterator[Found]:
     for stage, v in _stages(chain, "features ", "set_features."):
         path = Path(chain.files(stage, v)[0])
-        if path.exists() and (_is_done(chain, stage, v) or (stage, v) not in chain.places.needed()):
+        if path.exists() and (_is_done(chain, stage, v) or (stage, v) not in chain.places.needed):
             yield chain.short(path), [path], "features; computed again when they are evaluated with other settings"
 
 

@@ -235,7 +235,7 @@ def check_metrics(path: str | os.PathLike, epochs: int) -> str:
         raise InputError(f"{path}: cannot be read ({error}).") from None
     if not whole or not all(math.isfinite(value) for row in numbers for value in row):
         raise InputError(f"{path}: does not have a row of numbers for each of {epochs} epochs.")
-    return f"{epochs} epochs"
+    return f"{epochs} epoch{'' if epochs == 1 else 's'}"
 
 
 def check_rejected(path: str | os.PathLike) -> list[str]:

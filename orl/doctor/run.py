@@ -18,11 +18,13 @@ from orl import InputError, artifacts
 from orl.config import EXPORTS, used, used_by_share
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, differences, open_run, rule_of
+from orl.doctor.labels import Labels, is_newer
 from orl.places import MODELS
 
 Mark = Literal["ok", "stale", "damaged", "missing", "note"]
 BAD = ("stale", "damaged", "missing")
 EXTRA = {"made_with", "features", "run"}  # what a result tells among its settings that is none of its own
+SNAKEMAKE = "Snakemake"  # of which a line tells
 NAMED = 3  # photos of a kind; more are counted
 
 
@@ -54,7 +56,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
     force: list[str] = []
     remove: list[str] = []
     commands = set()
-    is_unfinished = False
+    is_unfinished = at_work = False
     with contextlib.chdir(home):
         if home != here:
             print(f"Commands are to be typed in {home}.")
@@ -62,6 +64,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
             counts[finding.mark] += 1
             print(f"{finding.mark:8} {finding.what}: {finding.text}")
             is_unfinished |= finding.mark == "note" and finding.again
+            at_work |= finding.what == SNAKEMAKE and finding.mark == "note"
             command = finding.command or mend(
                 chain, finding.remove, finding.force, finding.again and finding.mark in BAD
             )
@@ -73,7 +76,7 @@ def doctor(folder: str, configs: Sequence[str], threads: int) -> bool:
             sys.stdout.flush()
         if len(commands) > 1:
             print(f"All at once:\n{'':8}   {mend(chain, remove, force, True)}")
-        elif is_unfinished and not commands:
+        elif is_unfinished and not commands and not at_work:
             print(f"To make what is not made yet:\n{'':8}   {mend(chain, (), (), True)}")
     words = {"ok": "ok", "note": "notes" if counts["note"] != 1 else "note"}
     told = [f"{count} {words.get(mark, mark)}" for mark, count in counts.items() if count]
@@ -98,12 +101,12 @@ class Examination:
 
     def __init__(self, chain: Chain, threads: int) -> None:
         self.chain, self.places, self.threads = chain, chain.places, threads
-        self.needed = self.places.needed()
+        self.needed = self.places.needed
         self.asked = {(stage, self.places.owner(stage, v)) for stage, v in self.places.asked()}
         self.stale: set[tuple[str, str]] = set()
         self.manifest: artifacts.Manifest | None = None
         self.refused: list[str] = []  # the files that are no photo
-        self._labels: dict[tuple[str, str], list[str]] = {}
+        self.labels = Labels(chain)
 
     def findings(self) -> Iterator[Finding]:
         """All there is to say, in the order in which things are made."""
@@ -114,6 +117,8 @@ class Examination:
                     yield from self._stage(stage, v)
             if stage == "manifest" and self.manifest:
                 yield from self._photos(self.manifest)
+        for what, why in self.labels.gone.items():
+            yield Finding("missing", what, why)
         yield from self._exports()
         yield from self._report()
         yield from self._states()
@@ -156,13 +161,7 @@ class Examination:
         if (stage, v) not in self.needed:
             return
         what = self.chain.short(self.places.found(stage, v))
-        later = [
-            (other, run)
-            for other in self.places.upstream
-            for run in self.places.runs
-            if stage in self.places.made_from(other, run) and self.places.owner(stage, run) == v
-        ]
-        used_up = any(self.chain.exists(*one) for one in later if (one[0], self.places.owner(*one)) in self.needed)
+        used_up = any(self.chain.exists(*one) for one in self.places.made_of(stage, v))
         if (stage, v) in self.asked and (used_up or self._is_finished):
             yield Finding("missing", what, "it was removed", again=True)
         elif used_up:
@@ -190,7 +189,7 @@ class Examination:
     ) -> Finding:
         """One finding on a file of a stage, of what was seen."""
         if damage:
-            again = bool(remove) and not force and self._is_wanting(stage, v)
+            again = bool(remove) and not force and not self._is_done(stage, v)
             return Finding("damaged", what, self._said(damage), force, remove, again)
         if reasons:
             return Finding("stale", what, "; ".join(reasons), force, remove)
@@ -203,13 +202,9 @@ class Examination:
         """What an InputError says, without the path that the line begins with."""
         return re.sub(rf"^{re.escape(self.places.results)}/[^:]*: ", "", message).rstrip(".")
 
-    def _is_wanting(self, stage: str, v: str) -> bool:
-        """Whether something that is made from a stage is not there yet."""
-        return any(
-            not self.chain.exists(other, run)
-            for other, run in self.needed
-            if stage in self.places.made_from(other, run) and self.places.owner(stage, run) == v
-        )
+    def _is_done(self, stage: str, v: str) -> bool:
+        """Whether all that is to be made from a stage is there."""
+        return all(self.chain.exists(*one) for one in self.places.made_of(stage, v))
 
     def _targets(self, stage: str, v: str) -> tuple[str, ...]:
         """What --forcerun is to be given so that a stage is made again, and no more than that."""
@@ -252,11 +247,13 @@ class Examination:
             yield Finding("missing", "rejected.csv", "it was removed", force)
 
     def _scenes(self) -> list[str]:
-        """Why the generated scenes are not those of the settings."""
+        """Why the generated scenes, if they are there, are not those of the settings."""
+        if not os.path.isdir(self.places.root):
+            return []
         try:
             found = json.loads(Path(self.places.root, "scenes.json").read_text(encoding="utf-8"))["settings"]
         except (OSError, LookupError, ValueError):
-            return ["the scenes are not there, or not whole"]
+            return ["the scenes are not whole"]
         told = differences(
             {"data": {"scenes": found}}, {"data": {"scenes": self.places.run.data.scenes.model_dump(mode="json")}}
         )
@@ -268,8 +265,10 @@ class Examination:
         root, again = self.places.root, ("manifest",)
         what = f"photos in {root}"
         if not os.path.isdir(root):
-            advice = "bring it back" if self.places.scenes else "bring it back, or set data.root"
-            yield Finding("missing", what, f"there is no such folder; {advice}", again=self.places.scenes)
+            advice = "" if self.places.scenes else "; bring it back, or set data.root"
+            yield Finding(
+                "missing", what, f"there is no such folder{advice}", ("scenes",) if self.places.scenes else ()
+            )
             return
         made = os.stat(f"{self.places.results}/manifest.csv").st_mtime
         try:
@@ -295,45 +294,44 @@ class Examination:
             yield Finding("ok", what, f"{len(manifest)} as the manifest says")
 
     def _model(self, stage: str, v: str) -> Iterator[Finding]:
-        place = self.places.found(stage, v)
-        files = self.chain.files(stage, v)
-        force = self._targets(stage, v)
+        section = self.chain.config(v).stage3 if stage == "stage3" else self.chain.config(v).stage1
+        epochs = 0 if self.chain.weights(stage, v) else section.optimizer.epochs
+        paths = self.chain.files(stage, v)
+        if stage != "random":
+            paths.append(f"{self.places.found(stage, v)}/metrics.csv")
+        force, anew = self._targets(stage, v), self._anew(stage, v)
         prints = set()
-        epochs = 0
-        for path in files:
+        for path in paths:
+            what = self.chain.short(path)
             if not os.path.exists(path):
-                yield Finding("missing", self.chain.short(path), "it was removed", force)
+                yield Finding("missing", what, f"it was removed{anew}", force)
                 continue
             reasons: list[str] = []
             damage = text = ""
             try:
-                attributes = artifacts.attributes(path)
-                content.check_stamp(path, attributes, SCHEMAS[stage])
-                reasons = self.chain.reasons(stage, v, attributes)
-                settings = json.loads(attributes["settings"])
-                epochs = settings.get(stage, {}).get("optimizer", {}).get("epochs", 0)
-                prints.add(attributes["fingerprint"])
-                text = content.check_weights(path)
-                if len(prints) > 1 and not reasons:
-                    reasons = ["of another training than backbone.safetensors"]
+                if path.endswith(".csv"):
+                    text = content.check_metrics(path, epochs)
+                else:
+                    attributes = artifacts.attributes(path)
+                    content.check_stamp(path, attributes, SCHEMAS[stage])
+                    reasons = self.chain.reasons(stage, v, attributes)
+                    prints.add(attributes["fingerprint"])
+                    text = content.check_weights(path)
+                    if len(prints) > 1 and not reasons:
+                        reasons = ["of another training than backbone.safetensors"]
             except InputError as error:
-                damage = str(error)
-            found = self._judged(stage, v, self.chain.short(path), text, damage, reasons, force)
+                damage = f"{str(error).rstrip('.')}{anew}"
+            found = self._judged(stage, v, what, text, damage, reasons, force)
             yield found
             if found.mark == "stale":  # so are the others
                 return
-        metrics = f"{place}/metrics.csv"
-        if stage == "random":
-            return
-        if not os.path.exists(metrics):
-            yield Finding("missing", self.chain.short(metrics), "it was removed", force)
-            return
-        damage = text = ""
-        try:
-            text = content.check_metrics(metrics, 0 if self.chain.weights(stage, v) else epochs)
-        except InputError as error:
-            damage = str(error)
-        yield self._judged(stage, v, self.chain.short(metrics), text, damage, (), force)
+
+    def _anew(self, stage: str, v: str) -> str:
+        """That a model can only be made again by training it from the start, where its checkpoint is gone."""
+        if stage not in ("stage1", "stage3") or self.chain.weights(stage, v):
+            return ""
+        kept = Path(self.places.found(stage, v), "state", (self.chain.stamp(stage, v) or "")[:16], "checkpoint.pt")
+        return "" if kept.exists() else " (trained again from the start: its checkpoint is gone)"
 
     def _whole(self, stage: str, v: str) -> Iterator[Finding]:
         path = self.chain.files(stage, v)[0]
@@ -350,7 +348,7 @@ class Examination:
         yield from self._shards(stage, v, os.path.exists(path))
 
     def _rois(self, stage: str, v: str) -> Iterator[Finding]:
-        yield from self._shards(stage, v, not self._is_wanting(stage, v))
+        yield from self._shards(stage, v, self._is_done(stage, v))
 
     def _shards(self, stage: str, v: str, done: bool) -> Iterator[Finding]:
         """`done`: what they are for is there, so that they may be removed."""
@@ -425,7 +423,7 @@ class Examination:
             stages = tuple(settings["downstream"]["voc07_svm"]["stages"]) if task == "features" else ()
             text = content.check_arrays(path, schema, stages=stages)
             names = ("photo list",) if task == "features" else ("train", "val")
-            now = self._labels_of(task, v, path)
+            now = self.labels.of(task, v, path)
             if now and [inputs.get(name) for name in names] != now[1:]:
                 reasons.append("made of other labelled photos than those there")
         except InputError as error:
@@ -468,52 +466,10 @@ class Examination:
                 reasons.append("measured on other annotations than those there")
         task = stage.split()[0]
         if "fingerprint" in data:
-            now = self._labels_of(task, v, path)
+            now = self.labels.of(task, v, path)
             if now and data["fingerprint"] != now[0]:
                 reasons.append("measured on other labels than those there")
         return reasons
-
-    def _labels_of(self, task: str, v: str, path: str) -> list[str]:
-        """What results (first), and features (the others), say of the labelled photos of a task as they lie there now.
-
-        Nothing where reading them takes long and no list of them was written since `path`.
-        """
-        kind, _, name = task.partition(".")
-        section, masks = self.chain.config(v).downstream.voc07_svm, self.chain.config(v).downstream.detection
-        of_masks = [
-            f"{self.places.mask_root(v)}/annotations/instances_{part}.json" for part in (masks.train, masks.test)
-        ]
-        if kind == "detection":
-            return ["".join((self.chain.of_file(file) or "")[:32] for file in of_masks)]
-        if kind == "segmentation" and all(map(os.path.exists, of_masks)) and not _is_newer(of_masks, path):
-            return []
-        key = "svm" if kind in ("features", "voc07_svm", "voc07_lowshot") else name or kind, v
-        if key not in self._labels:
-            if kind == "segmentation":
-                from orl.data.instances import read
-
-                both = [read(self.places.mask_root(v) or "", part).fingerprint() for part in (masks.train, masks.test)]
-                others = list[str]()
-            elif name:
-                from orl.downstream import sets
-
-                both = [
-                    one.fingerprint() for one in sets.read(self.chain.config(v), name, self.places.set_root(name, v))
-                ]
-                others = both
-            else:
-                from orl.data.labels import listed, read_splits
-
-                splits = {"voc": ("trainval", "test"), "coco": ("train2017", "val2017")}[section.layout]
-                named = section.train or splits[0], section.test or splits[1]
-                root = self.places.labels(v) or ""
-                files = [f"{root}/annotations/instances_{split}.json" for split in named]
-                if section.layout == "coco" and all(map(os.path.exists, files)) and not _is_newer(files, path):
-                    return []
-                train, test = read_splits(root, section.layout, *named)
-                both, others = [train.fingerprint(), test.fingerprint()], [listed(train, test)]
-            self._labels[key] = ["".join(one[:32] for one in both), *others]
-        return self._labels[key]
 
     def _semi(self, stage: str, v: str) -> Iterator[Finding]:
         task = stage.split()[0]
@@ -603,7 +559,7 @@ class Examination:
                     if os.path.exists(backbone):
                         yield Finding("missing" if self._is_finished else "note", what, "not there", again=True)
                     continue
-                older = os.path.exists(backbone) and _is_newer([backbone], path)
+                older = os.path.exists(backbone) and is_newer([backbone], path)
                 if path.endswith(".safetensors") and os.path.exists(backbone):
                     older = self.chain.of_file(path) != self.chain.of_file(backbone)
                 reasons = [self.chain.other(backbone)] if older else []
@@ -622,7 +578,7 @@ class Examination:
             return
         shown = {self.chain.files(*one)[0] for one in self.places.asked() if one[0] not in MODELS.values()}
         shown |= {f"{self.places.found(*one)}/metrics.csv" for one in self.places.trained()}
-        newer = sorted(file for file in shown if os.path.exists(file) and _is_newer([file], path))
+        newer = sorted(file for file in shown if os.path.exists(file) and is_newer([file], path))
         stale = sorted(self.places.found(*one) for one in self.stale)
         if newer:
             yield Finding("stale", what, f"older than {self.chain.short(newer[0])}, which it shows", ("report",))
@@ -679,19 +635,14 @@ class Examination:
 
     def _snakemake(self) -> Iterator[Finding]:
         results = self.places.results
-        what = "Snakemake"
         if left.locked_by_snakemake(results):
             if left.snakemake_runs():
-                yield Finding("note", what, "is at work; what it has not come to yet may be stale")
+                yield Finding("note", SNAKEMAKE, "is at work; what it has not come to yet may be stale")
                 return
             text = "was killed, or works on another machine; only if it does not:"
-            yield Finding("stale", what, text, command="snakemake --unlock")
+            yield Finding("stale", SNAKEMAKE, text, command="snakemake --unlock")
         for path in left.incomplete(results):
             command = f"{mend(self.chain, (), (), True)} --rerun-incomplete"
             yield Finding(
                 "damaged", self.chain.short(path), "Snakemake began to make it and was stopped", command=command
             )
-
-
-def _is_newer(files: Sequence[str], than: str) -> bool:
-    return any(os.stat(file).st_mtime > os.stat(than).st_mtime for file in files)

@@ -180,6 +180,16 @@ def test_a_damaged_checkpoint_is_to_be_deleted(examine):
     assert (line.mark, line.command) == ("damaged", f"rm -r {path.parent} && {AGAIN}")
 
 
+def test_what_can_only_be_trained_from_the_start_is_said(examine):
+    shutil.rmtree(RUN / "models/orl/state")
+    cut("models/orl/model.safetensors")
+    told = examine()
+    assert told.lines["models/orl/model.safetensors"].text.endswith(
+        "(trained again from the start: its checkpoint is gone)"
+    )
+    assert told.lines["models/orl/metrics.csv"].mark == "ok"
+
+
 def test_what_a_command_deletes_is_then_no_more_named(examine):
     cut(ROI)
     command = examine().lines[ROI].command
@@ -299,7 +309,10 @@ def test_labels_that_changed_make_what_was_measured_on_them_stale(examine):
     assert told.lines["downstream/orl/mine.features.h5"].text == "made of other labelled photos than those there"
     assert "measured on other labels than those there" in told.lines["downstream/orl/knn.mine.json"].text
     shutil.rmtree("labelled")
-    assert "no such folder" in examine().lines["downstream/orl/knn.mine.json"].text
+    told = examine()
+    assert told.lines["labelled photos of mine"].mark == "missing"
+    assert "no such folder" in told.lines["labelled photos of mine"].text
+    assert told.lines["downstream/orl/knn.mine.json"].mark == "ok"
 
 
 def test_what_a_config_does_not_ask_for_is_a_note(examine):
