@@ -17,8 +17,8 @@ from orl.config import EXPORTS, Config, load, used
 EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
 rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
 `evaluate` has several tasks, some of which start from a model's `features`; `export` writes a backbone for others.
-Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge. Of a whole run: `doctor RUN` tells what is
-stale or damaged, and what mends it; `clean RUN` removes what can be made again."""
+Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge. Before a long run: `doctor`. Of a whole run:
+`doctor RUN` tells what is stale or damaged, and what mends it; `clean RUN` removes what can be made again."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")

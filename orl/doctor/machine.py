@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 def size(count: float) -> str:
     """Bytes for people."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= one:
+        if count >= 0.9995 * one:  # which rounds to it
             return f"{count / one:.1f} {unit}" if count < 10 * one else f"{count / one:.0f} {unit}"
     return f"{count / 1e3:.0f} kB"
 
