@@ -22,6 +22,26 @@ def test_environment_yml_installs_what_pyproject_says():
     assert project == f"-e .[{','.join(METADATA['optional-dependencies'])}]"
 
 
+def test_the_container_gets_what_it_is_built_from():
+    """Without an engine: what it copies is there and not ignored, and it is built as `make install` does."""
+    lines = (PROJECT / "Containerfile").read_text().splitlines()
+    steps = [line.partition(" ") for line in lines if line and not line.startswith("#")]
+    done = [(instruction, rest) for instruction, _, rest in steps]
+    assert done[0] == ("FROM", f"python:{METADATA['requires-python'].removeprefix('>=')}-slim")  # no registry's name
+    assert ("COPY", ". .") in done
+    assert ("RUN", "pip install --constraint constraints.txt .") in done
+    users = [rest for instruction, rest in done if instruction == "USER"]
+    assert users == ["orl"]
+    first, *kept = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if line[0] != "#"]
+    assert first == "*"
+    kept = {line.removeprefix("!") for line in kept if line.startswith("!")}
+    assert all((PROJECT / name).exists() for name in kept)
+    needed = {"pyproject.toml", "orl", METADATA["readme"], *METADATA["license-files"], "constraints.txt"}
+    assert kept == needed | {"Snakefile", "workflow", "config"}
+    readme = (PROJECT / "README.md").read_text()
+    assert "docker build --file Containerfile --tag orl ." in readme
+
+
 def test_every_dependency_is_pinned_in_the_constraints():
     pinned = {}
     for line in (PROJECT / "constraints.txt").read_text().splitlines():
