@@ -63,7 +63,9 @@ def planned(configfiles: Sequence[str], settings: Sequence[str], cores: int) -> 
 def _without_dirname(shell: str) -> str:
     """A command line with its `$(dirname FILE)` as the shell would put them in."""
     return re.sub(
-        r"\"\$\(dirname ('[^']*'|[^\s)]+)\)\"", lambda found: shlex.quote(os.path.dirname(shlex.split(found[1])[0])), shell
+        r"\"\$\(dirname ('[^']*'|[^\s)]+)\)\"",
+        lambda found: shlex.quote(os.path.dirname(shlex.split(found[1])[0])),
+        shell,
     )
 
 
