@@ -127,6 +127,8 @@ def test_a_process_apart_hands_on_what_it_returns_and_raises():
         machine.apart(os._exit, 3)
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 kB"), (4.2e6, "4.2 MB"), (31.4e9, "31 GB"), (999.9e6, "1.0 GB"), (2e12, "2.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 kB"), (4.2e6, "4.2 MB"), (31.4e9, "31 GB"), (999.9e6, "1.0 GB"), (2e12, "2.0 TB")]
+)
 def test_sizes_for_people(count, text):
     assert machine.size(count) == text
