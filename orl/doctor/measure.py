@@ -159,10 +159,12 @@ def scenes(setup: Setup, job: Job) -> tuple[Cost, Scenes]:
     began = now()
     generate(setup.folder / "scenes", few, 1)
     each = (now() - began) / pictures(few)
-    size = folder_size(setup.folder / "scenes") / pictures(few)
-    count = pictures(whole)
+    of_objects = folder_size(setup.folder / "scenes" / "objects")  # small ones
+    of_scenes = folder_size(setup.folder / "scenes") - of_objects
+    size = of_scenes * (whole.train + whole.val) / (few.train + few.val)
+    size += of_objects * (whole.objects_train + whole.objects_val) / (few.objects_train + few.objects_val)
     how = f"{pictures(few)} pictures drawn at {short(each)}"
-    return Cost(count * each / job.threads, how, count * size, memory=memory() + WORKER * (job.threads - 1)), few
+    return Cost(pictures(whole) * each / job.threads, how, size, memory=memory() + WORKER * (job.threads - 1)), few
 
 
 def pictures(scenes: Scenes) -> int:
