@@ -23,7 +23,6 @@ from orl.doctor.jobs import Job
 from orl.doctor.machine import counted
 
 PHOTOS = 64  # of the run that are looked at, at most
-CLASSES = 12  # of the generated scenes
 WORKER = 200e6  # bytes of memory that a process takes which reads photos for another
 
 
@@ -41,8 +40,6 @@ class Cost(NamedTuple):
     """The most bytes of memory, and of a GPU's."""
     fault: str = ""
     """Why it will fail, and what to change."""
-    start: float = 0
-    """Seconds once, whatever the epochs."""
 
 
 @dataclass
@@ -162,15 +159,19 @@ def scenes(setup: Setup, job: Job) -> tuple[Cost, Scenes]:
     began = now()
     generate(setup.folder / "scenes", few, 1)
     each = (now() - began) / pictures(few)
-    size = folder_size(setup.folder / "scenes") / pictures(few)
-    count = pictures(whole)
+    of_objects = folder_size(setup.folder / "scenes" / "objects")  # small ones
+    of_scenes = folder_size(setup.folder / "scenes") - of_objects
+    size = of_scenes * (whole.train + whole.val) / (few.train + few.val)
+    size += of_objects * (whole.objects_train + whole.objects_val) / (few.objects_train + few.objects_val)
     how = f"{pictures(few)} pictures drawn at {short(each)}"
-    return Cost(count * each / job.threads, how, count * size, memory=memory() + WORKER * (job.threads - 1)), few
+    return Cost(pictures(whole) * each / job.threads, how, size, memory=memory() + WORKER * (job.threads - 1)), few
 
 
 def pictures(scenes: Scenes) -> int:
     """Files that are drawn for the settings."""
-    return scenes.train + scenes.val + CLASSES * (scenes.objects_train + scenes.objects_val)
+    from orl.data.scenes import CLASSES
+
+    return scenes.train + scenes.val + len(CLASSES) * (scenes.objects_train + scenes.objects_val)
 
 
 def manifest(setup: Setup, job: Job, seconds: float) -> tuple[Cost, int, artifacts.Manifest]:
@@ -210,10 +211,9 @@ def propose(setup: Setup, job: Job, seconds: float) -> tuple[Cost, artifacts.Pro
     found, each = clock(lambda row: _kept(job.config, setup.root, sample, row), rows, seconds)
     boxes = artifacts.Proposals(np.concatenate(found), np.cumsum([0, *map(len, found)]))
     pixels = np.mean(sample.width * sample.height) / 1e6
-    how = (
-        f"{len(found)} photos of {pixels:.1f} megapixels at {short(each)}, {len(boxes.box) / len(found):.0f} boxes each"
-    )
-    size = setup.photos * (len(boxes.box) / len(found) * 8 + 8)
+    mean = len(boxes.box) / len(found)
+    how = f"{counted(len(found), 'photo')} of {pixels:.2f} megapixels at {short(each)}, {mean:.0f} boxes each"
+    size = setup.photos * (mean * 8 + 8)
     cost = Cost(setup.photos * each / job.threads, how, size, memory=memory() + WORKER * (job.threads - 1))
     return cost, boxes
 

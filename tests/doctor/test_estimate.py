@@ -40,8 +40,17 @@ VARIANTS = {
     "repeats": 2,
     "variants": {"k2": {"neighbors": {"k": 2}}, "grid": {"measure": ["pairs"], "proposals": {"method": "grid"}}},
 }
+SMALL = {"resize": 40, "size": 32}
 ALL_TASKS = {
-    "downstream": {"tasks": ["all"], "semi": {"shares": [0.5], "weight_decay": [0.0], "lr": [0.1], "head": [1, 10]}},
+    "downstream": {
+        "tasks": ["all"],
+        "linear": SMALL,
+        "semi": {"shares": [0.5], "weight_decay": [0.0], "lr": [0.1], "head": [1, 10], **SMALL},
+        "knn": SMALL,
+        "detection": {"batch": 2, "channels": 16, "rois": 16, "short_sides": [64], "test_side": 64, "long_side": 96},
+        "segmentation": {"resize": 64, "size": 64, "batch": 4},
+        "localization": {"side": 64},
+    },
     "export": ["torchvision", "timm"],
 }
 
@@ -161,6 +170,19 @@ def test_every_stage_takes_time_and_memory(run):
         assert 10e6 < cost.memory < 10e9, job.rule
     times = {job.rule: cost.seconds for job, cost in zip(planned, costs, strict=True)}
     assert times["stage3"] > times["report"]  # more than its start
+
+
+def test_every_task_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = jobs.planned(written(tmp_path, ALL_TASKS), [], 2)
+    found = estimate.Estimate(planned, tmp_path / "measured", 5)
+    assert not [cost for cost in found.costs.values() if isinstance(cost, Exception)]
+    costs = {job.rule: found.cost(job) for job in planned}
+    measured = {rule for rule, cost in costs.items() if cost.how}
+    assert measured == set(estimate.WEIGHTS)
+    # 90,000 iterations at batch 16 beside ten epochs of 24 photos
+    assert costs["detection"].seconds > 50 * costs["segmentation"].seconds > costs["segmentation"].seconds > 0
+    assert 0.3 < costs["semi_grid"].seconds / costs["semi_run"].seconds < 3  # the same training
 
 
 def test_nothing_is_left_of_a_finished_run(run):
