@@ -176,7 +176,7 @@ def pictures(scenes: Scenes) -> int:
 
 def manifest(setup: Setup, job: Job, seconds: float) -> tuple[Cost, int, artifacts.Manifest]:
     """Also how many photos there are, and a manifest of some of them. Raises InputError, where none is readable."""
-    from orl.data.manifest import _inspect, _list
+    from orl.data.manifest import _list, inspect
 
     photos = _list(job.config.data, setup.root)
     count = len(photos)
@@ -184,7 +184,7 @@ def manifest(setup: Setup, job: Job, seconds: float) -> tuple[Cost, int, artifac
         count = setup.scenes[1].train
     drawn = np.random.default_rng(0).permutation(len(photos))[:PHOTOS]
     found, each = clock(
-        lambda number: (photos[number], _inspect(setup.root, job.config.data.exif, photos[number].path)), drawn, seconds
+        lambda number: (photos[number], inspect(setup.root, job.config.data.exif, photos[number].path)), drawn, seconds
     )
     good = [(photo, seen) for photo, seen in found if not isinstance(seen, str)]
     if not good:
