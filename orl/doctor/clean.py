@@ -145,7 +145,7 @@ def _shards(chain: Chain, kept: list[str]) -> Iterator[Found]:
         files = sorted(folder.glob("[0-9]*-of-[0-9]*.h5"))
         if not files:
             continue
-        name = f"{chain.short(folder)}/ ({len(files)} shards)"
+        name = f"{chain.short(folder)}/ ({len(files)} shard{'s' if len(files) > 1 else ''})"
         if stage == "rois":
             if not _is_done(chain, stage, v):
                 kept.append(f"{name}: the pairs are not found from them yet")

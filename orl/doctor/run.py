@@ -289,7 +289,8 @@ class Examination:
             if names := found[kind]:
                 sound &= mark not in BAD
                 more = ", ..." if len(names) > NAMED else ""
-                yield Finding(mark, what, f"{len(names)} {text} ({', '.join(names[:NAMED])}{more})", force)
+                advice = "; bring back what is missing, or" if mark == "missing" else ""
+                yield Finding(mark, what, f"{len(names)} {text} ({', '.join(names[:NAMED])}{more}){advice}", force)
         if sound:
             yield Finding("ok", what, f"{len(manifest)} as the manifest says")
 

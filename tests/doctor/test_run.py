@@ -360,7 +360,7 @@ def test_photos_are_compared_with_the_manifest(examine, capsys):
     assert not told[0]
     names = f"{changed[7:]}, {other[7:]}"
     for text in (
-        f"missing  photos in photos: 1 of the manifest are not there ({missing[7:]})\n           {FORCE}manifest",
+        f"missing  photos in photos: 1 of the manifest are not there ({missing[7:]}); bring back",
         f"stale    photos in photos: 2 changed since the manifest was made ({names})\n           {FORCE}manifest",
         f"stale    photos in photos: 1 neither in the manifest nor in rejected.csv (new one.jpg)\n           {FORCE}",
         f"note     photos in photos: 1 written since the manifest was made, of the same size ({touched[7:]})\n",
