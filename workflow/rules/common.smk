@@ -30,6 +30,9 @@ except InputError as error:
     stop(error)
 
 RESULTS = f"results/{RUN.name}"
+for folder in map(Path, ("results", RESULTS)):
+    if os.path.lexists(folder) and not folder.is_dir():
+        stop(f"{folder}: is no folder, so nothing can be written there; move it away.")
 COMPUTE = RUN.compute
 SCENES = RUN.data.layout == "scenes"
 ROOT = f"{RESULTS}/scenes" if SCENES else RUN.data.root
@@ -120,10 +123,13 @@ shell.prefix(
     'tee() {{ trap "" INT TERM; exec tee "$@"; }}; '
 )
 
+# Missing or damaged, it is made anew: all it does is to save work.
 LEDGER = Path(RESULTS, "variants.json")
 try:
     HELD = json.loads(LEDGER.read_text())
-except (OSError, ValueError):
+    if {type(value) for value in HELD.values()} - {str}:
+        raise ValueError
+except (OSError, ValueError, AttributeError, RecursionError):
     HELD = {}
 
 
@@ -583,4 +589,7 @@ onstart:
             for v in RUNS
         }
     )
-    artifacts.write_json(LEDGER, HELD)
+    try:
+        artifacts.write_json(LEDGER, HELD)
+    except OSError as error:
+        stop(error)
