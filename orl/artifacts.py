@@ -14,7 +14,9 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from orl import InputError, NoRoomError
 
 MANIFEST_COLUMNS = ("image_id", "path", "width", "height", "bytes", "part")
 REJECTED_COLUMNS = ("path", "reason")
+BLOCK = 4096  # photos whose boxes or pairs are checked at a time
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,29 +43,66 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     What processes of this machine that were killed left of the same file is removed, too. Raises NoRoomError.
     """
     path = Path(path)
+    with _room(path):
+        temporary = path.parent / f"{_beside(path)}{secrets.token_hex(4)}.tmp"
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)  # by the user's umask
+        os.close(handle)
+        try:
+            yield temporary
+            temporary.chmod(mode)  # safetensors puts a private file in its place
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder that takes the place of `path` when the block succeeds and is removed when it fails.
+
+    As `atomic`; the caller has made sure that a folder of that name may go. Raises NoRoomError.
+    """
+    path = Path(path)
+    names = {"prefix": _beside(path), "suffix": ".tmp", "dir": path.parent}
+    with _room(path), tempfile.TemporaryDirectory(**names, ignore_cleanup_errors=True) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()  # within the private folder, it has the usual permissions
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+
+
+def _beside(path: Path) -> str:
+    """What temporary names of `path` begin with; removes what killed processes of this machine left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{path.name}.{platform.node()}-"
     for left in path.parent.iterdir():
         if left.name.startswith(mine) and abandoned(left):
-            left.unlink(missing_ok=True)
-    temporary = path.parent / f"{mine}{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
-    mode = stat.S_IMODE(os.fstat(handle).st_mode)  # by the user's umask
-    os.close(handle)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return f"{mine}{os.getpid()}-"
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
     try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors puts a private file in its place
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError) as error:
         # HDF5 tells the number of the system's error in the text only, and closing a file as a RuntimeError.
         told = re.search(r"errno = (\d+)", str(error))
         if getattr(error, "errno", None) in NO_ROOM or (told and int(told[1]) in NO_ROOM):
             raise NoRoomError(f"{path}: no room for it on the disk; free some and run again.") from None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def abandoned(path: Path) -> bool | None:
@@ -118,13 +158,22 @@ def stamp(schema: str, settings: Mapping, inputs: Mapping[str, str]) -> dict[str
         "settings": json.dumps(settings, sort_keys=True),
         "inputs": json.dumps(dict(inputs), sort_keys=True),
     }
-    digest = hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()
-    return {**attributes, "fingerprint": digest}
+    return {**attributes, "fingerprint": _digest(attributes)}
+
+
+def _digest(attributes: Mapping[str, str]) -> str:
+    """The fingerprint that belongs to the other attributes of a stamp."""
+    stamped = {name: attributes.get(name) for name in ("schema", "settings", "inputs")}
+    return hashlib.sha256(json.dumps(stamped, sort_keys=True).encode()).hexdigest()
 
 
 def _new(path: Path, size: int) -> h5py.File:
     _check_room(path, size)
-    return h5py.File(path, "w")
+    made, access = (h5py.h5p.create(kind) for kind in (h5py.h5p.FILE_CREATE, h5py.h5p.FILE_ACCESS))
+    made.set_obj_track_times(False)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)  # from here on structure has checksums
+    access.set_sieve_buf_size(0)  # what the disk refuses shows as it is written: where HDF5 closes things, no error can
+    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, made, access))
 
 
 @contextlib.contextmanager
@@ -142,10 +191,38 @@ def create(
     Raises NoRoomError, where `size` bytes do not fit before the block begins.
     """
     with atomic(path) as temporary, _new(temporary, size) as file:
-        file.attrs.update(sorted(stamp(schema, settings, inputs).items()))  # in the order in which `merge` finds them
+        note(file, stamp(schema, settings, inputs))
         if part:
-            file.attrs["rows"] = json.dumps([part.start, part.stop, part.total])
+            note(file, {"rows": json.dumps([part.start, part.stop, part.total])})
         yield file
+        _seal(file, schema)
+
+
+def note(of: h5py.File | h5py.Dataset, attributes: Mapping[str, str]) -> None:
+    """Set text attributes of a file or a dataset."""
+    for name, text in sorted(attributes.items()):  # in the order in which `merge` finds them
+        # Of a fixed length: others lie outside of what has checksums, and damage there can hang HDF5.
+        of.attrs[name] = np.bytes_(text.encode())
+
+
+def _noted(of: h5py.File | h5py.Dataset) -> dict[str, str]:
+    return {name: value.decode() if isinstance(value, bytes) else str(value) for name, value in of.attrs.items()}
+
+
+def _seal(file: h5py.File, schema: str) -> None:
+    """Note the SHA-256 of each dataset, by which `_read` finds damage."""
+    for dataset in file.values() if schema not in UNSEALED else ():
+        note(dataset, {"sha256": _sum(dataset)})
+
+
+def _sum(array: h5py.Dataset | np.ndarray) -> str:
+    """SHA-256 of the bytes of an array, which are read in parts."""
+    digest, step = hashlib.sha256(), max(1, 2**24 // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        stop = min(start + step, len(array))
+        rows = array[start:stop] if isinstance(array, h5py.Dataset) else read_past(array, start, stop)
+        digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 # Shards
@@ -214,7 +291,7 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
     parts = [read_arrays(path, schema, shards=True) for path in shards]
     size = sum(array.nbytes for arrays in parts for array in arrays)
     with atomic(output) as temporary, _new(temporary, size) as file:
-        file.attrs.update({key: value for key, value in whole.items() if key != "rows"})
+        note(file, {key: value for key, value in whole.items() if key != "rows"})
         for name, *arrays in zip(LAYOUT[schema], *parts, strict=True):
             offsets = name.endswith("_offsets")  # the first of a shard is the last of the one before it
             rows = sum(map(len, arrays)) - offsets * (len(arrays) - 1)
@@ -226,6 +303,7 @@ def merge(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> None
                     end = array[-1] if len(array) else end
                 joined[start : start + len(array)] = array
                 start += len(array)
+        _seal(file, schema)
 
 
 # Reading
@@ -257,11 +335,15 @@ def attributes(path: str | os.PathLike) -> dict[str, str]:
 
             try:
                 with safe_open(path, "numpy") as model:
-                    return json.loads((model.metadata() or {}).get("orl", "{}"))
+                    found = json.loads((model.metadata() or {}).get("orl", "{}"))
             except SafetensorError as error:
                 raise ValueError(error) from None
-        with h5py.File(path, "r") as file:
-            return dict(file.attrs)
+        else:
+            with h5py.File(path, "r") as file:
+                found = _noted(file)
+        if found.get("fingerprint", "") not in ("", _digest(found)):
+            raise ValueError("its attributes do not belong together")
+        return found
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -287,8 +369,9 @@ def read_arrays(
     """The datasets of a file, or those named, as read-only memory maps at their offsets in it. Raises InputError."""
     arrays: list[np.ndarray] = []
     with _explained(path, "make it again"), h5py.File(path, "r") as file:
-        _check_schema(path, file.attrs.get("schema"), schema)
-        if "rows" in file.attrs and not shards:
+        found = _noted(file)
+        _check_schema(path, found.get("schema"), schema)
+        if "rows" in found and not shards:
             raise InputError(f"{path}: is one shard; `orl merge` all of them, and name the file that this makes.")
         for name in names or LAYOUT[schema]:
             inside = isinstance(file.get(name, getlink=True), h5py.HardLink)  # and not another file's
@@ -300,8 +383,12 @@ def read_arrays(
             offset = dataset.id.get_offset()
             if dataset.size == 0:
                 arrays.append(np.empty(dataset.shape, dataset.dtype))
-            else:
-                arrays.append(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
+                continue
+            array = np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+            sealed = _noted(dataset).get("sha256")
+            if sealed and sealed != _sum(array):
+                raise ValueError(f"the bytes of {name} are not those that were written")
+            arrays.append(array)
     return arrays
 
 
@@ -328,7 +415,7 @@ def check_input(path: str | os.PathLike, name: str, needed: str) -> None:
     """Raise InputError unless `path` was made from the `name` whose fingerprint is `needed`."""
     found = json.loads(attributes(path).get("inputs", "{}")).get(name)
     if found != needed:
-        raise InputError(f"{path}: was made from another {name} than the one given; make it again.")
+        raise InputError(f"{path}: was made from another {name} than the one given; give that one or make it again.")
 
 
 # Manifest
@@ -362,7 +449,14 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             raise InputError(f"{path}: its columns are {header}, but {list(MANIFEST_COLUMNS)} are needed.")
         columns = list(zip(*reader, strict=True)) or [()] * len(MANIFEST_COLUMNS)
         text = {name: np.array(column, dtype=str) for name, column in zip(MANIFEST_COLUMNS, columns, strict=True)}
+        with open(path, "rb") as end:
+            end.seek(-1, os.SEEK_END)
+            if end.read() != b"\n":
+                raise ValueError("its last line is cut")
         numbers = {name: text[name].astype(np.int64) for name in ("width", "height", "bytes")}
+        for name, column in numbers.items():
+            if (column < 1).any():
+                raise ValueError(f"a photo has {name} {column.min()}")
     if len(text["path"]) < 2:
         raise InputError(f"{path}: lists {len(text['path'])} photos; at least two are needed.")
     return Manifest(**{**text, **numbers})
@@ -435,6 +529,7 @@ class ClassFeatures:
 EMBEDDINGS, NEIGHBORS, PROPOSALS = "orl.embeddings/1", "orl.neighbors/1", "orl.proposals/1"
 ROIS, CORRESPONDENCES, MODEL = "orl.rois/1", "orl.correspondences/1", "orl.model/1"
 FEATURES, CLASS_FEATURES = "orl.features/1", "orl.class_features/1"
+UNSEALED = (ROIS,)  # for COCO 21 GB, of which no reader wants the whole
 LAYOUT = {
     EMBEDDINGS: ("embedding",),
     NEIGHBORS: ("index", "similarity"),
@@ -452,12 +547,16 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
 def read_neighbors(path: str | os.PathLike) -> Neighbors:
     """Read neighbors.h5. Raises InputError."""
-    return Neighbors(*read_arrays(path, NEIGHBORS))
+    found = Neighbors(*read_arrays(path, NEIGHBORS))
+    _check_photos(path, found.index)
+    return found
 
 
 def read_proposals(path: str | os.PathLike) -> Proposals:
     """Read proposals.h5. Raises InputError."""
-    return Proposals(*read_arrays(path, PROPOSALS))
+    found = Proposals(*read_arrays(path, PROPOSALS))
+    _check_offsets(path, found.box_offsets, len(found.box))
+    return found
 
 
 def read_rois(path: str | os.PathLike) -> Rois:
@@ -467,7 +566,23 @@ def read_rois(path: str | os.PathLike) -> Rois:
 
 def read_correspondences(path: str | os.PathLike) -> Correspondences:
     """Read correspondences.h5. Raises InputError."""
-    return Correspondences(*read_arrays(path, CORRESPONDENCES))
+    found = Correspondences(*read_arrays(path, CORRESPONDENCES))
+    _check_photos(path, found.neighbor)
+    check_rows(path, len(found.pair_offsets) - 1, found.neighbor.size, "its list of neighbours")
+    _check_offsets(path, found.pair_offsets, len(found.pair))
+    return found
+
+
+def _check_photos(path: str | os.PathLike, index: np.ndarray) -> None:
+    """Raise InputError unless an index [N, K] names photos, rows of itself."""
+    if index.size and not 0 <= index.min() <= index.max() < len(index):
+        raise InputError(f"{path}: damaged (it names photos that are not there); make it again.")
+
+
+def _check_offsets(path: str | os.PathLike, offsets: np.ndarray, rows: int) -> None:
+    """Raise InputError unless offsets [n + 1] cut so many rows into parts."""
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise InputError(f"{path}: damaged (its offsets do not fit its rows); make it again.")
 
 
 def read_boxes(manifest_path: str | os.PathLike, proposals_path: str | os.PathLike) -> tuple[Manifest, Proposals]:
@@ -475,7 +590,21 @@ def read_boxes(manifest_path: str | os.PathLike, proposals_path: str | os.PathLi
     manifest, proposals = read_manifest(manifest_path), read_proposals(proposals_path)
     check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), os.fspath(manifest_path))
     check_input(proposals_path, "manifest", fingerprint(manifest_path))
+    sizes = np.stack([manifest.width, manifest.height], 1)
+    for rows, start, end in _blocks(proposals.box_offsets, 1):
+        of = np.diff(proposals.box_offsets[rows.start : rows.stop + 1])
+        low, side = np.split(read_past(proposals.box, start, end).astype(np.int64), 2, axis=1)
+        if not ((low >= 0) & (side > 0) & (low + side <= np.repeat(sizes[rows.start : rows.stop], of, axis=0))).all():
+            raise InputError(f"{proposals_path}: holds boxes outside their photos; make it again.")
     return manifest, proposals
+
+
+def _blocks(offsets: np.ndarray, lists: int) -> Iterator[tuple[range, int, int]]:
+    """Ranges of photos, each with `lists` parts that `offsets` cut, and the first and last row of them all."""
+    count = (len(offsets) - 1) // lists
+    for start in range(0, count, BLOCK):
+        rows = range(start, min(start + BLOCK, count))
+        yield rows, int(offsets[rows.start * lists]), int(offsets[rows.stop * lists])
 
 
 def read_stage2(
@@ -486,6 +615,13 @@ def read_stage2(
     found = read_correspondences(correspondences_path)
     check_rows(correspondences_path, len(found.neighbor), len(manifest), os.fspath(manifest_path))
     check_input(correspondences_path, "proposals", fingerprint(proposals_path))
+    boxes, k = np.diff(proposals.box_offsets), found.neighbor.shape[1]
+    for rows, start, end in _blocks(found.pair_offsets, k):
+        neighbor = np.asarray(found.neighbor[rows.start : rows.stop])
+        most = np.stack([np.repeat(boxes[rows.start : rows.stop], k), boxes[neighbor.ravel()]], 1)
+        of = np.diff(found.pair_offsets[rows.start * k : rows.stop * k + 1])
+        if (read_past(found.pair, start, end) >= np.repeat(most, of, axis=0)).any():
+            raise InputError(f"{correspondences_path}: damaged (it pairs boxes that are not there); make it again.")
     return manifest, proposals, found
 
 
@@ -508,20 +644,37 @@ def read_class_features(path: str | os.PathLike) -> ClassFeatures:
 
 def write_weights(path: str | os.PathLike, tensors: Mapping[str, Any], attrs: Mapping[str, str]) -> None:
     """Write torch tensors as safetensors atomically, with `attrs` (see `stamp`) as metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry only: safetensors writes several in an order that changes from call to call.
+    attrs = {**attrs, "sha256": _hash(contiguous)}
+    content = save(contiguous, metadata={"orl": json.dumps(attrs, sort_keys=True)})
     with atomic(path) as temporary:
-        # One entry only: safetensors writes several in an order that changes from call to call.
-        save_file(contiguous, temporary, metadata={"orl": json.dumps(dict(attrs), sort_keys=True)})
+        temporary.write_bytes(content)  # not by safetensors: its error on a full disk is not the system's
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     """The torch tensors (CPU) of a safetensors file. Raises InputError."""
-    _check_schema(path, attributes(path).get("schema"), MODEL)
+    attrs = attributes(path)
+    _check_schema(path, attrs.get("schema"), MODEL)
     from safetensors.torch import load_file
 
-    return load_file(path)
+    tensors = load_file(path)
+    if attrs.get("sha256", "") not in ("", _hash(tensors)):
+        raise InputError(f"{path}: damaged (its weights are not those that were written); make it again.")
+    return tensors
+
+
+def _hash(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of torch tensors, their names and shapes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`orl COMMAND`: one command per rule of the workflow, so that what a rule runs a person can type."""
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import signal
@@ -675,6 +677,25 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError where an output cannot be written: it would show after the work, which may take days."""
+    of_folder = args.command in ("scenes", "pretrain", "attention", "fetch")
+    names = ["output", "predictions", "plot", *(["rejected"] if args.command == "manifest" else [])]
+    for output in filter(None, (getattr(args, name, None) for name in names)):
+        if of_folder and os.path.lexists(output) and not os.path.isdir(output):
+            raise InputError(f"{output}: is no folder, which is what is to be made there; name another.")
+        if not of_folder and os.path.isdir(output):
+            raise InputError(f"{output}: is a folder, but a file is to be made there; name a file.")
+        # The folders that are replaced as a whole need their parent, as files do.
+        within = args.command in ("pretrain", "fetch")
+        place = Path(output).absolute() if within else Path(output).absolute().parent
+        near = next(path for path in (place, *place.parents) if os.path.lexists(path))
+        if not near.is_dir():
+            raise InputError(f"{near}: is no folder, so {output} cannot be made; name another place.")
+        if not os.access(near, os.W_OK | os.X_OK):
+            raise InputError(f"{near}: cannot be written to, so {output} cannot be made; name another place.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; bad input is one sentence on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -686,14 +707,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     try:
-        args.run(args, load(args.settings))
+        config = load(args.settings)
+        _check_outputs(args)
+        args.run(args, config)
     except (InputError, OSError) as error:
         # A worker process's error arrives with its traceback in the message; the sentence is the last line.
         sentence = re.sub(r"^orl\.[\w.]*Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sentence = f"{error.filename or args.output}: no room on the disk; free some and run again."
         if os.environ.get("RANK", "0") != "0":  # what is wrong everywhere, rank 0 says; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"orl {args.command}: {sentence}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where the log lies on the same full disk
+            print(f"orl {args.command}: {sentence}", file=sys.stderr, flush=True)
         if isinstance(error, NoRoomError):
             os._exit(1)  # a file that HDF5 could not close makes it crash when Python ends
         sys.exit(2 if isinstance(error, InputError) else 1)

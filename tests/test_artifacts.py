@@ -182,9 +182,10 @@ def test_round_trip_through_a_memory_map(tmp_path, kind):
 
 def test_empty_datasets(tmp_path, kind):
     read, _, datasets = KINDS[kind]
-    found = read(write(tmp_path / "a.h5", kind, **{name: value[:0] for name, value in datasets.items()}))
-    for name, expected in datasets.items():
-        assert (getattr(found, name).dtype, getattr(found, name).shape) == (expected.dtype, (0, *expected.shape[1:]))
+    empty = {name: value[: int(name.endswith("offsets"))] for name, value in datasets.items()}
+    found = read(write(tmp_path / "a.h5", kind, **empty))
+    for name, expected in empty.items():
+        assert (getattr(found, name).dtype, getattr(found, name).shape) == (expected.dtype, expected.shape)
 
 
 def test_missing_files(tmp_path, kind):
@@ -221,13 +222,12 @@ def test_files_of_others(tmp_path, kind):
 
 
 def test_datasets_that_are_missing_or_not_as_written(tmp_path, kind):
-    read, schema, datasets = KINDS[kind]
+    read, _, datasets = KINDS[kind]
     for name, value in datasets.items():
         assert name in refusal(write(tmp_path / "missing.h5", kind, **{name: None}), read)
         for odd in ("chunked", "group"):
-            path = tmp_path / f"{odd}.h5"
-            with artifacts.create(path, schema, {}, {}) as file:
-                file.update({other: kept for other, kept in datasets.items() if other != name})
+            path = write(tmp_path / f"{odd}.h5", kind, **{name: None})
+            with h5py.File(path, "r+") as file:
                 if odd == "group":
                     file.create_group(name)
                 else:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import cmath
 import json
 import math
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orl import InputError
+from orl import InputError, artifacts
 from orl.config import Scenes
 from orl.workers import ordered
 
@@ -414,22 +412,9 @@ def generate(folder: str | Path, scenes: Scenes, workers: int = 1) -> dict[str, 
         raise InputError(
             f"{target} holds files but no scenes.json, and the scenes need a folder of their own; name another."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = beside / "new", beside / "old"  # within mkdtemp's private folder, `new` has the usual permissions
-    try:
+    with artifacts.atomic_folder(target) as new:
         counts = _write_all(new, settings, workers)
         classes = [asdict(c) for c in CLASSES]
         summary = {"schema": "scenes/1", "settings": settings, "counts": counts, "classes": classes}
         (new / "scenes.json").write_text(json.dumps(summary, indent=1) + "\n")
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return counts

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from orl import artifacts
+from orl import InputError, artifacts
 from orl.config import Config, used
 from orl.data.views import rng
 from orl.progress import track
@@ -67,6 +67,9 @@ def _pairs(
     with threadpool_limits(1):
         for row in rows:
             query = features[row].astype(np.float32)
+            if not (np.abs(np.einsum("ij,ij->i", query, query) - 1) < 0.01).all():
+                path = rois_paths[bisect(starts, int(offsets[row])) - 1]
+                raise InputError(f"{path}: damaged (a RoI's features have not length 1); make it again.")
             count = max(1, int(config.correspondences.ratio * len(query)))
             others = [features[other] for other in neighbor[row].tolist()]
             ends = [0, *accumulate(map(len, others))]
@@ -99,10 +102,9 @@ def correspond(
     `rois_paths`: rois.h5, or all its shards. Raises InputError.
     """
     neighbor = artifacts.read_neighbors(neighbors_path).index
-    found = artifacts.read_proposals(proposals_path)
-    offsets, manifest = np.array(found.box_offsets), artifacts.fingerprint(manifest_path)
-    artifacts.check_input(proposals_path, "manifest", manifest)
-    artifacts.check_input(neighbors_path, "manifest", manifest)
+    _, found = artifacts.read_boxes(manifest_path, proposals_path)
+    offsets = np.array(found.box_offsets)
+    artifacts.check_input(neighbors_path, "manifest", artifacts.fingerprint(manifest_path))
     artifacts.check_rows(neighbors_path, len(neighbor), len(offsets) - 1, proposals_path)
     named = (("neighbors", neighbors_path), ("proposals", proposals_path), ("rois", rois_paths[0]))
     inputs = {name: artifacts.fingerprint(path) for name, path in named}

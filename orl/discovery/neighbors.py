@@ -58,7 +58,7 @@ def neighbors(config: Config, manifest_path: str, embeddings_path: str, output: 
               file=sys.stderr)  # fmt: skip
     size = index.nbytes + similarity.nbytes
     with artifacts.create(output, artifacts.NEIGHBORS, used(config, "neighbors"), inputs, size=size) as file:
-        file.attrs.update(attributes)
+        artifacts.note(file, attributes)
         file["index"], file["similarity"] = index, similarity
 
 

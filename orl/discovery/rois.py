@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from orl import InputError, artifacts
+from orl import artifacts
 from orl.config import Config, used
 from orl.data.ahead import read_ahead
 from orl.data.decode import resize_crop
@@ -67,9 +67,6 @@ def rois(
     """
     manifest, found = artifacts.read_boxes(manifest_path, proposals_path)
     offsets = found.box_offsets
-    sizes = np.repeat(np.stack([manifest.width, manifest.height], 1), np.diff(offsets), axis=0)
-    if not (found.box[:, :2] + found.box[:, 2:].astype(np.int64) <= sizes).all():
-        raise InputError(f"{proposals_path}: holds boxes outside their photos; make it again.")
     model = backbones.load(backbone_path)
     named = (("manifest", manifest_path), ("proposals", proposals_path), ("backbone", backbone_path))
     inputs = {name: artifacts.fingerprint(path) for name, path in named}

@@ -3,12 +3,10 @@
 Two maps of the last stage of a backbone: the energy of each cell, and its similarity to a box of the photo.
 """
 
-import contextlib
 import difflib
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,7 +165,8 @@ def draw(
         shown.append(Shown(row, box, chosen, input_size(whole, config.downstream.attention.side), shares))
     for path in models.values():  # before the long work
         backbones.load(path)
-    with _replaced(Path(output).resolve()) as folder, matplotlib.rc_context():
+    _check_former(Path(output))
+    with artifacts.atomic_folder(Path(output).resolve()) as folder, matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's matplotlibrc
         maps = [_maps(config, root, manifest, shown, path, name) for name, path in models.items()]
         files = [f"{number:02d}-{_safe(str(manifest.image_id[one.row]))}.png" for number, one in enumerate(shown, 1)]
@@ -229,21 +228,12 @@ def _checked(roi: Roi, size: tuple[int, int]) -> Roi:
     return roi
 
 
-@contextlib.contextmanager
-def _replaced(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output`, if that is of a former run, when the block succeeds."""
+def _check_former(output: Path) -> None:
+    """Raise InputError unless the folder is new or of a former run."""
     if output.exists():
         foreign = [path.name for path in output.iterdir() if not MADE.fullmatch(path.name)] if output.is_dir() else [""]
         if foreign:
             raise InputError(f"{output / foreign[0]}: is in the way; name a folder that is new or of a former run.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
-        yield folder
-        if output.exists():
-            output.rename(Path(temporary) / "old")
-        folder.rename(output)
 
 
 def _maps(

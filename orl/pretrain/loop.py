@@ -107,12 +107,7 @@ def train(
             raise InputError("stage3 needs --proposals and --correspondences; name the files.")
         inputs["proposals"] = artifacts.fingerprint(proposals_path)
         inputs["correspondences"] = artifacts.fingerprint(correspondences_path)
-        proposals = artifacts.read_proposals(proposals_path)
-        correspondences = artifacts.read_correspondences(correspondences_path)
-        artifacts.check_rows(proposals_path, len(proposals.box_offsets) - 1, len(manifest), manifest_path)
-        artifacts.check_rows(correspondences_path, len(correspondences.neighbor), len(manifest), manifest_path)
-        artifacts.check_input(proposals_path, "manifest", inputs["manifest"])
-        artifacts.check_input(correspondences_path, "proposals", inputs["proposals"])
+        _, proposals, correspondences = artifacts.read_stage2(manifest_path, proposals_path, correspondences_path)
         dataset = ObjectViews(root, manifest, config.data.exif, settings, config.seed, proposals, correspondences)
     else:
         dataset = ImageViews(root, manifest, config.data.exif, settings, config.seed)

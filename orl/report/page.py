@@ -240,16 +240,9 @@ def _discovery(
 ) -> dict[str, Any]:
     """What the page shows of stage 2's files. Raises InputError where they do not belong together."""
     neighbors = artifacts.read_neighbors(neighbors_path)
-    proposals = artifacts.read_proposals(proposals_path)
-    pairs = artifacts.read_correspondences(correspondences_path)
-    for path, found in (
-        (neighbors_path, len(neighbors.index)),
-        (proposals_path, len(proposals.box_offsets) - 1),
-        (correspondences_path, len(pairs.neighbor)),
-    ):
-        artifacts.check_rows(path, found, len(manifest), manifest_path)
+    _, proposals, pairs = artifacts.read_stage2(manifest_path, proposals_path, correspondences_path)
+    artifacts.check_rows(neighbors_path, len(neighbors.index), len(manifest), manifest_path)
     artifacts.check_input(correspondences_path, "neighbors", artifacts.fingerprint(neighbors_path))
-    artifacts.check_input(correspondences_path, "proposals", artifacts.fingerprint(proposals_path))
     rng = np.random.default_rng(SEED)
     queries = rng.choice(len(manifest), min(QUERIES, len(manifest)), replace=False)
     sampled = np.sort(rng.choice(len(manifest), min(SAMPLE, len(manifest)), replace=False))

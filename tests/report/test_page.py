@@ -227,8 +227,9 @@ class Run:
             file["index"] = index
             file["similarity"] = np.sort(rng.random((count, k), np.float32))[:, ::-1]
         offsets = np.concatenate([[0], np.cumsum([2 - row % 2 for row in range(count)])])
-        box = np.array([[10 + i % 7, 20, 100 + i % 11, 96] for i in range(offsets[-1])], np.int16)
-        with artifacts.create(folder / "proposals.h5", artifacts.PROPOSALS, {}, {}) as file:
+        box = np.array([[10 + i % 7, 20, 60 + i % 11, 40] for i in range(offsets[-1])], np.int16)
+        listed = {"manifest": artifacts.fingerprint(folder / "manifest.csv")}
+        with artifacts.create(folder / "proposals.h5", artifacts.PROPOSALS, {}, listed) as file:
             file["box"], file["box_offsets"] = box, offsets
         inputs = {name: artifacts.fingerprint(folder / f"{name}.h5") for name in ("neighbors", "proposals")}
         counts = np.repeat(np.diff(offsets), k)
@@ -892,7 +893,8 @@ def test_odd_results(tmp_path: Path) -> None:
     run = Run(tmp_path, 2, 1, size=120)
     run.add_score({**result("mine", 50.0), "metrics": {"mAP": 50.0}, "data": {}})
     run.add_metrics("mine", ["global"], 0)
-    with artifacts.create(tmp_path / "proposals.h5", artifacts.PROPOSALS, {}, {}) as file:
+    listed = {"manifest": artifacts.fingerprint(tmp_path / "manifest.csv")}
+    with artifacts.create(tmp_path / "proposals.h5", artifacts.PROPOSALS, {}, listed) as file:
         file["box"], file["box_offsets"] = np.zeros((0, 4), np.int16), np.zeros(3, np.int64)
     inputs = {name: artifacts.fingerprint(tmp_path / f"{name}.h5") for name in ("neighbors", "proposals")}
     with artifacts.create(tmp_path / "correspondences.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
@@ -937,7 +939,8 @@ def shorten(name: str) -> Callable[[Run], None]:
 
 
 def other_proposals(run: Run) -> None:
-    with artifacts.create(run.folder / "proposals.h5", artifacts.PROPOSALS, {"other": 1}, {}) as file:
+    listed = {"manifest": artifacts.fingerprint(run.folder / "manifest.csv")}
+    with artifacts.create(run.folder / "proposals.h5", artifacts.PROPOSALS, {"other": 1}, listed) as file:
         file["box"], file["box_offsets"] = np.ones((3, 4), np.int16), np.arange(4)
 
 

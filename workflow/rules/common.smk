@@ -42,11 +42,17 @@ def plain(path, key):
 
 
 RESULTS = f"results/{RUN.name}"
+for folder in map(Path, ("results", RESULTS)):
+    if os.path.lexists(folder) and not folder.is_dir():
+        stop(f"{folder}: is no folder, so nothing can be written there; move it away.")
 COMPUTE = RUN.compute
+# Missing or damaged, it is made anew: all it does is to save work.
 LEDGER = Path(RESULTS, "variants.json")
 try:
     HELD = json.loads(LEDGER.read_text())
-except (OSError, ValueError):
+    if {type(value) for value in HELD.values()} - {str}:
+        raise ValueError
+except (OSError, ValueError, AttributeError, RecursionError):
     HELD = {}
 
 # What is made from what, and where it lies
@@ -444,5 +450,8 @@ onstart:
     from orl import artifacts
 
     HELD.update(PLACES.ledger())
-    artifacts.write_json(LEDGER, HELD)
-    artifacts.write_json(Path(RESULTS, "config.json"), config)
+    try:
+        artifacts.write_json(LEDGER, HELD)
+        artifacts.write_json(Path(RESULTS, "config.json"), config)
+    except OSError as error:
+        stop(error)
