@@ -317,7 +317,8 @@ def _doctor(args: argparse.Namespace, config: Config) -> None:
         from orl.doctor import machine
 
         good = machine.report()
-    sys.exit(0 if good else 1)
+    if not good:
+        sys.exit(1)
 
 
 def _clean(args: argparse.Namespace, config: Config) -> None:

@@ -53,11 +53,13 @@ def examine(home, capsys):
     return run
 
 
-def change(path, **datasets):
-    """Write into datasets of an HDF5 file: name -> (place, value)."""
+def change(path, sealed=False, **datasets):
+    """Write into datasets of an HDF5 file: name -> (place, value); as if they had been made so, unless `sealed`."""
     with h5py.File(RUN / path, "r+") as file:
         for name, (place, value) in datasets.items():
             file[name][place] = value
+            if not sealed:
+                file[name].attrs.pop("sha256", None)
 
 
 def cut(path, left=-100):
@@ -84,9 +86,9 @@ def test_a_sound_run_that_is_not_finished(examine):
     assert len(states) == 2
 
 
-def attribute(path, name, value):
+def attribute(path, **attributes):
     with h5py.File(RUN / path, "r+") as file:
-        file.attrs[name] = value
+        artifacts.note(file, attributes)
 
 
 def not_finite(path):
@@ -108,6 +110,9 @@ ROI = "discovery/rois/0002-of-0002.h5"
 DAMAGE = {
     "a cut file": ("discovery/neighbors.h5", lambda path: cut(path), "damaged or not such", FORCE + "neighbors"),
     "an empty file": ("discovery/neighbors.h5", lambda path: cut(path, 0), "damaged or not such", FORCE + "neighbors"),
+    "numbers that changed on the disk": (
+        "discovery/neighbors.h5", lambda path: change(path, sealed=True, similarity=((4, 1), 0.5)),
+        "the bytes of similarity are not those that were written", FORCE + "neighbors"),
     "a photo that is its own neighbour": (
         "discovery/neighbors.h5", lambda path: change(path, index=((4, 1), 4)), "photo 4 is its own neighbour",
         FORCE + "neighbors"),
@@ -132,10 +137,10 @@ DAMAGE = {
     "a missing dataset": (
         "discovery/correspondences.h5", lambda path: drop(path, "pair"), "damaged or not such", FORCE + "correspond"),
     "settings that are not those of the fingerprint": (
-        "discovery/neighbors.h5", lambda path: attribute(path, "settings", "{}"), "its fingerprint is not that of",
+        "discovery/neighbors.h5", lambda path: attribute(path, settings="{}"), "its attributes do not belong together",
         FORCE + "neighbors"),
     "a schema of another version": (
-        "discovery/neighbors.h5", lambda path: attribute(path, "schema", "orl.neighbors/0"),
+        "discovery/neighbors.h5", lambda path: attribute(path, **artifacts.stamp("orl.neighbors/0", {}, {})),
         "holds 'orl.neighbors/0', but 'orl.neighbors/1' is needed", FORCE + "neighbors"),
     "RoI features that are not of unit length": (
         ROI, lambda path: change(path, feature=(0, 0)), "feature: row 0 has length 0, not 1", f"rm {RUN / ROI}"),
