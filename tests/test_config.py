@@ -352,6 +352,10 @@ def test_yaml_files(tmp_path):
         (b"seed: [1", "is neither YAML nor JSON"),
         (b"seed: 1\n seed: 2", "is neither YAML nor JSON"),
         (b"\xff\xfe\x00", "is neither YAML nor JSON"),
+        (b"seed: 2020-13-40", "is neither YAML nor JSON"),  # no such day
+        (b"seed: !!int one", "is neither YAML nor JSON"),
+        (b"seed: !!bool one", "is neither YAML nor JSON"),
+        (b"[" * 100_000, "is neither YAML nor JSON"),
         (b"- seed\n- name\n", "must be a mapping of settings, not list"),
         (b"just text", "must be a mapping of settings, not str"),
         (b"data: {root: 2024-01-01}", ""),  # a date
