@@ -1,6 +1,7 @@
 # make demo   installs, runs everything on generated scenes
 # make test   installs, checks style and types, runs the tests
-# make test-slurm  the same for the workflow on a SLURM cluster, made for it (Debian: apt install slurm-wlm munge)
+# make test-faults  kills every command, fills its disk, damages its files
+# make test-slurm   runs the workflow on a SLURM cluster, made for it (Debian: apt install slurm-wlm munge)
 # make bench  installs, measures speed, memory, scale and the generated scenes (benchmarks/README.md)
 # make clean  removes the environment, caches and the demo's results; other results stay
 CORES ?= all
@@ -8,13 +9,16 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-slurm lint install bench clean
+.PHONY: demo test test-faults test-slurm lint install bench clean
 
 demo: install
 	snakemake --cores $(CORES)
 
 test: lint
 	pytest -n 2 --dist worksteal --ignore tests/slurm --ignore tests/faults
+
+test-faults: install
+	pytest -n 2 --dist worksteal tests/faults
 
 test-slurm: install
 	pytest -n 2 --dist loadgroup tests/slurm

@@ -787,12 +787,8 @@ def read(text: str) -> Any:
         raw = _plain(text if is_text else Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{text}: cannot read the settings ({error.strerror}); name a config file.") from None
-<<<<<<< ours
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        source = "--settings" if is_text else text
-=======
     except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:  # the others: dates, tags, depth
->>>>>>> theirs
+        source = "--settings" if is_text else text
         raise InputError(f"{source}: is neither YAML nor JSON ({' '.join(str(error).split())}).") from None
     return {} if raw is None else raw
 
