@@ -98,9 +98,10 @@ def _room(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # HDF5 tells the number of the system's error in the text only, and closing a file as a RuntimeError.
+        # HDF5 tells the number of the system's error in the text only, closing a file as a RuntimeError; torch hides it.
         told = re.search(r"errno = (\d+)", str(error))
-        if getattr(error, "errno", None) in NO_ROOM or (told and int(told[1]) in NO_ROOM):
+        numbers = {getattr(error, "errno", None), getattr(error.__context__, "errno", None), told and int(told[1])}
+        if numbers & set(NO_ROOM):
             raise NoRoomError(f"{path}: no room for it on the disk; free some and run again.") from None
         raise
 
@@ -418,6 +419,14 @@ def check_input(path: str | os.PathLike, name: str, needed: str) -> None:
         raise InputError(f"{path}: was made from another {name} than the one given; give that one or make it again.")
 
 
+def check_last_line(path: str | os.PathLike) -> None:
+    """Raise ValueError where the last line of a table is cut short: it may look whole."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            raise ValueError("its last line is cut short")
+
+
 # Manifest
 
 
@@ -449,10 +458,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             raise InputError(f"{path}: its columns are {header}, but {list(MANIFEST_COLUMNS)} are needed.")
         columns = list(zip(*reader, strict=True)) or [()] * len(MANIFEST_COLUMNS)
         text = {name: np.array(column, dtype=str) for name, column in zip(MANIFEST_COLUMNS, columns, strict=True)}
-        with open(path, "rb") as end:
-            end.seek(-1, os.SEEK_END)
-            if end.read() != b"\n":
-                raise ValueError("its last line is cut")
+        check_last_line(path)
         numbers = {name: text[name].astype(np.int64) for name in ("width", "height", "bytes")}
         for name, column in numbers.items():
             if (column < 1).any():

@@ -108,6 +108,7 @@ def photo(image: Photo, side: int, alt: str) -> Picture:
 def png(data: bytes, alt: str) -> Picture:
     """A PNG as it is. Raises ValueError if it is none, or is damaged."""
     try:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # checksums and end, at which loading does not look
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's, of broken chunks

@@ -155,6 +155,7 @@ def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, s
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             rows, columns = list(reader), reader.fieldnames or ()
+        artifacts.check_last_line(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {remedy}.") from None
     except (OSError, ValueError, csv.Error) as error:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import weakref
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,19 @@ class State:
             raise InputError(f"{folder}: another training runs there; wait for it or stop it.") from None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint atomically: the old one survives a failure."""
-        try:
-            with artifacts.atomic(self.path) as temporary:
-                torch.save(state, temporary)
-        except RuntimeError as error:  # as torch puts a failed write
-            raise OSError(f"{self.path}: the checkpoint cannot be written; is the disk full? Free space and run "
-                          f"again: the one before it is kept ({str(error).splitlines()[0]}).") from None  # fmt: skip
+        """Replace the checkpoint atomically: the old one survives a failure. Raises NoRoomError."""
+        # To an open file, whose error on a full disk is the system's; by name, torch would not tell.
+        with artifacts.atomic(self.path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint on the CPU, or None. Raises InputError if it is damaged."""
         if not self.path.exists():
             return None
         try:
+            with zipfile.ZipFile(self.path) as content:
+                if damaged := content.testzip():  # torch does not look at the checksums that it writes
+                    raise ValueError(f"checksum of {damaged}")
             return torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
             detail = " ".join(str(error).split())[:120]
