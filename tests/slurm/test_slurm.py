@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
 from cluster import snakemake, wait_for
 from conftest import PROJECT, STAGE1, TINY, local, longer, same_model
@@ -18,7 +17,6 @@ from orl.config import merge
 
 GPU_RULES = {"stage1": 2, "stage3": 2, "embed": 1, "neighbors": 1, "rois": 1, "features": 1}
 EPOCHS = 60  # half a minute on one core: time enough to be disturbed
-several_minutes = pytest.mark.xdist_group("several minutes")  # by one process of the tests, for they share a reference
 
 
 def finished(process, folder):
@@ -105,7 +103,6 @@ def test_a_cancelled_training_goes_on(cluster, about_to_train, trained):
     assert not list(folder.parent.rglob("pwned"))
 
 
-@several_minutes
 def test_a_training_longer_than_its_time_limit(cluster, about_to_train, trained):
     folder = about_to_train(4 * EPOCHS)
     limits = ["stage1:runtime=1", "stage1:slurm_partition=gpu"]  # instead of all that the profile sets so
@@ -124,7 +121,6 @@ def test_a_training_longer_than_its_time_limit(cluster, about_to_train, trained)
     assert same_model(folder, reference)
 
 
-@several_minutes
 def test_snakemake_killed(cluster, about_to_train, trained):
     """A hasty second run does not train at the same time; the README's lines put things right."""
     folder = about_to_train(4 * EPOCHS)
