@@ -98,7 +98,7 @@ def _room(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # HDF5 tells the number of the system's error in the text only, closing a file as a RuntimeError; torch hides it.
+        # HDF5 tells the system's error in the text only, and when it closes a file as a RuntimeError, which torch's is.
         told = re.search(r"errno = (\d+)", str(error))
         numbers = {getattr(error, "errno", None), getattr(error.__context__, "errno", None), told and int(told[1])}
         if numbers & set(NO_ROOM):
@@ -422,8 +422,8 @@ def check_input(path: str | os.PathLike, name: str, needed: str) -> None:
 def check_last_line(path: str | os.PathLike) -> None:
     """Raise ValueError where the last line of a table is cut short: it may look whole."""
     with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":
+        file.seek(max(0, os.path.getsize(path) - 1))
+        if file.read() not in (b"", b"\n"):
             raise ValueError("its last line is cut short")
 
 

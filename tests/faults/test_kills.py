@@ -1,5 +1,7 @@
 """`kill -9` at seeded random moments of every command: a rerun makes the files of an undisturbed run, byte by byte."""
 
+import os
+import platform
 import zlib
 
 import numpy as np
@@ -7,14 +9,16 @@ import pytest
 from child import Fault, run
 from commands import COMMANDS, finals, leftovers, line
 
+from orl import artifacts
+
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed(command, settings, inputs, undisturbed, tmp_path, record_property):
-    """Twice at a step that writes, before it is done, and once at any time; all of them drawn by a seed."""
+    """Before a step that writes, drawn by a seed; before the last one, as a rule the rename; and at any time."""
     moments, kills = np.random.default_rng(zlib.crc32(command.encode())), 0
     whole, expected = undisturbed(command)
     arguments = line(command, settings, inputs, tmp_path)
-    for step in (*moments.integers(1, whole.steps + 1, 2).tolist(), None):
+    for step in (int(moments.integers(1, whole.steps + 1)), whole.steps, None):
         kill_after = moments.uniform(0, whole.seconds)
         dead = run(arguments, Fault(tmp_path, step)) if step else run(arguments, kill_after=kill_after)
         assert dead.status in (0, -9), dead.lines
@@ -27,6 +31,20 @@ def test_killed(command, settings, inputs, undisturbed, tmp_path, record_propert
     assert finals(tmp_path) == expected
     assert leftovers(tmp_path) == []
     record_property("kills", kills)
+
+
+def test_files_of_processes_that_run_are_left_alone(tmp_path):
+    """Only what dead processes of this machine left is removed."""
+    alive = tmp_path / f".new.h5.{platform.node()}-{os.getppid()}-abc.tmp"
+    elsewhere = tmp_path / ".new.h5.other-machine-1-abc.tmp"
+    dead = tmp_path / f".new.h5.{platform.node()}-{2**22 + 1}-abc.tmp"  # beyond the highest number of a process
+    folder = tmp_path / f".new.h5.{platform.node()}-{2**22 + 1}-def.tmp"
+    other = tmp_path / f".old.h5.{platform.node()}-{2**22 + 1}-abc.tmp"
+    for path in (alive, elsewhere, dead, other):
+        path.touch()
+    (folder / "new").mkdir(parents=True)
+    artifacts.write_text(tmp_path / "new.h5", "")
+    assert set(tmp_path.iterdir()) == {alive, elsewhere, other, tmp_path / "new.h5"}
 
 
 def test_there_are_thirty_commands():
