@@ -148,10 +148,12 @@ class Cluster:
         self.daemons[node].wait()
         steps = tuple(f"slurmstepd: [{job['JobId']}.".encode() for job in self.jobs() if job["NodeList"] == node)
         for pid in _processes():
-            if _read(pid, "cmdline").startswith(steps) and f"{self.folder}/bin:".encode() in _read(pid, "environ"):
-                tree = [pid, *_below(pid)]
-                for one in tree:
-                    os.kill(one, signal.SIGKILL)
+            if _read(pid, "cmdline").startswith(steps):
+                below = _below(pid)
+                # Another cluster may have a job of this number; its own title hides a step's environment.
+                if any(f"{self.folder}/bin:".encode() in _read(one, "environ") for one in below):
+                    for one in (pid, *below):
+                        os.kill(one, signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crashed")
 
     def repair(self, node: str) -> None:
