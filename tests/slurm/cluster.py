@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -153,7 +153,8 @@ class Cluster:
                 # Another cluster may have a job of this number; its own title hides a step's environment.
                 if any(f"{self.folder}/bin:".encode() in _read(one, "environ") for one in below):
                     for one in (pid, *below):
-                        os.kill(one, signal.SIGKILL)
+                        with suppress(ProcessLookupError):
+                            os.kill(one, signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crashed")
 
     def repair(self, node: str) -> None:
