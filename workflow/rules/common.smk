@@ -455,3 +455,9 @@ onstart:
         artifacts.write_json(Path(RESULTS, "config.json"), config)
     except OSError as error:
         stop(error)
+    for stage in SHARED if CACHE else ():
+        for v in RUNS:
+            if not count_file(stage, v).exists():
+                artifacts.write_text(
+                    count_file(stage, v), str(len(shards(stage, v)))
+                )
