@@ -5,9 +5,11 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -264,9 +266,7 @@ class Run:
         with (
             Loader(self.samples, batches, self.workers, self.on_gpu) as found,
             tqdm(total=self.total_steps, initial=first, unit="step", disable=True if self.rank else None) as bar,
-            SummaryWriter(state.path.parent / "tensorboard", purge_step=first + 1)
-            if self.rank == 0
-            else nullcontext() as board,
+            _curves(state.path.parent / "tensorboard", first + 1) if self.rank == 0 else nullcontext() as board,
         ):
             while self.step < self.total_steps:
                 with clock.waiting():
@@ -310,6 +310,18 @@ class Run:
         if board:
             for name, value in {**means, "photos_per_second": rate, "data_wait": wait}.items():
                 board.add_scalar(f"{self.name}/{name}", value, self.step)
+
+
+@contextmanager
+def _curves(folder: Path, step: int) -> Iterator[SummaryWriter]:
+    """TensorBoard's writer; its thread prints no stack trace where the disk is full: this one gets the error, too."""
+    tell = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else tell(args)
+    try:
+        with SummaryWriter(folder, purge_step=step) as board:
+            yield board
+    finally:
+        threading.excepthook = tell
 
 
 def mark() -> Any:

@@ -43,7 +43,7 @@ def resize(disk, size):
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("command", ["scenes", "propose", "features", "pretrain --stage random", "attention"])
+@pytest.mark.parametrize("command", ["scenes", "rois", "features", "pretrain --stage random", "attention"])
 def test_small_file_system(command, settings, inputs, undisturbed, small_disk, record_property):
     """A real one, which is then enlarged."""
     disk = small_disk("size=16k")
