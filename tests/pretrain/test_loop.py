@@ -73,7 +73,10 @@ def test_the_files_of_a_training(train, manifest, photos):
 
 
 def test_training_equals_a_plain_loop(train, photos, manifest):
-    """Optimizer, schedule and EMA against the equations, with torch's own pieces put together by hand."""
+    """Optimizer, schedule and EMA against the equations, with torch's own pieces put together by hand.
+
+    The equations are written as torch rounds them: BatchNorm over four values magnifies the last bit to per cents.
+    """
     from orl.training.augment import augment
     from orl.training.batches import Batches, Loader
 
@@ -97,16 +100,16 @@ def test_training_equals_a_plain_loop(train, photos, manifest):
         m = 1 - 0.01 * (np.cos(np.pi * step / (3 * per_epoch)) + 1) / 2
         with torch.no_grad():
             for p, v in zip(online, buffers, strict=True):
-                v.mul_(0.9).add_(p.grad + 1e-4 * p)
-                p.sub_(lr * v)
+                v.mul_(0.9).add_(p.grad.add(p, alpha=1e-4))
+                p.add_(v, alpha=-lr)
             for t, o in zip(model.target.parameters(), model.online.parameters(), strict=True):
-                t.copy_(m * t + (1 - m) * o)
+                t.lerp_(o, 1 - m)  # m t + (1 - m) o
     trained = load_file(train() / "model.safetensors")
     for name, value in model.named_parameters():
         moved = (value - before[name]).norm()
         if not name.endswith(("projector.0.bias", "predictor.0.bias")):  # a BatchNorm undoes these
             assert moved > 1e-5, name
-            assert (value - trained[name]).norm() < 0.05 * moved, name  # rounding, which training magnifies
+            assert (value - trained[name]).norm() < 0.01 * moved, name
 
 
 def test_random_has_the_networks_before_the_first_step(tmp_path):
