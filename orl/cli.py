@@ -718,7 +718,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sentence = f"{error.filename or args.output}: no room on the disk; free some and run again."
         if os.environ.get("RANK", "0") != "0":  # what is wrong everywhere, rank 0 says; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(20)  # on a busy machine rank 0 starts that much later
         with contextlib.suppress(OSError):  # where the log lies on the same full disk
             print(f"orl {args.command}: {sentence}", file=sys.stderr, flush=True)
         if isinstance(error, NoRoomError):
