@@ -54,8 +54,6 @@ class Estimate:
         self._photos()
         left = {key: job for key, job in first.items() if job.rule in WEIGHTS and key not in self.costs}
         for key in sorted(left, key=lambda key: left[key].rule != "propose"):  # whose boxes others need
-            if left[key].rule != "propose":
-                importlib.import_module("orl.pretrain.loop")  # once, for all the processes that measure
             self.costs[key] = self.measure(key, left[key])
 
     def model(self, job: Job) -> str:

@@ -47,13 +47,19 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+# Each process starts as a copy of one that has loaded torch but run nothing: a copy of this one could hang, for the
+# locks of threads that torch may have started here would be held in it for ever.
+_fresh = get_context("forkserver")
+_fresh.set_forkserver_preload(["orl.pretrain.loop"])
+
+
 def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     """What a function returns in a process of its own, so that a library that dies takes no more with it.
 
     What it prints is dropped. Raises what the function raises, and RuntimeError where the process dies.
     """
     try:
-        with ProcessPoolExecutor(1, get_context("fork"), _silence) as pool:
+        with ProcessPoolExecutor(1, _fresh, _silence) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise RuntimeError("the process died, by a fault in a library or for want of memory") from None

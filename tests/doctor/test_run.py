@@ -466,7 +466,9 @@ def test_snakemake_that_was_killed(examine):
 def test_snakemake_that_works(examine):
     Path(".snakemake/locks").mkdir(parents=True)
     Path(".snakemake/locks/0.output.lock").write_text("results/tiny/manifest.csv\n")
-    with subprocess.Popen([sys.executable, "-c", "input()", "snakemake"], stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "input(1)", "snakemake"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.read(1)  # it runs, and has its name
         told = examine()
         process.communicate(b"\n")
     assert told.sound
