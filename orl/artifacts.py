@@ -211,7 +211,7 @@ def _noted(of: h5py.File | h5py.Dataset) -> dict[str, str]:
 
 
 def _seal(file: h5py.File, schema: str) -> None:
-    """Note the SHA-256 of each dataset, by which `_read` finds damage."""
+    """Note the SHA-256 of each dataset, by which `read_arrays` finds damage."""
     for dataset in file.values() if schema not in UNSEALED else ():
         note(dataset, {"sha256": _sum(dataset)})
 

@@ -261,14 +261,16 @@ def test_files_that_do_not_belong_together_are_refused(case):
     (case.folder / "out" / "pairs.json").unlink()
     files, inputs = [case.folder / "instances0.json"], {"proposals": "others"}
     found = artifacts.read_correspondences(case.folder / "pairs.h5")
-    named = {name: np.array(getattr(found, name)) for name in artifacts.LAYOUT[artifacts.CORRESPONDENCES]}
+    whole = {name: np.array(getattr(found, name)) for name in artifacts.LAYOUT[artifacts.CORRESPONDENCES]}
     with artifacts.create(case.folder / "pairs.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
-        file.update(named)
+        file.update(whole)
     with pytest.raises(InputError, match=r"pairs.h5: was made from another proposals"):
         case.evaluate(files)
-    named["neighbor"] = named["neighbor"][1:]
+    offsets = whole["pair_offsets"][: -case.k]
+    fewer = {name: whole[name][: offsets[-1]] for name in ("pair", "similarity")}
+    fewer |= {"neighbor": whole["neighbor"][:-1] % 13, "pair_offsets": offsets}
     with artifacts.create(case.folder / "pairs.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
-        file.update(named)
+        file.update(fewer)
     with pytest.raises(InputError, match=r"pairs.h5: has 13 rows, but .*manifest.csv has 14"):
         case.evaluate(files)
     artifacts.write_csv(case.folder / "manifest.csv", artifacts.MANIFEST_COLUMNS, case.rows[1:])
@@ -276,7 +278,7 @@ def test_files_that_do_not_belong_together_are_refused(case):
         case.evaluate(files)
     artifacts.write_csv(case.folder / "manifest.csv", artifacts.MANIFEST_COLUMNS, case.rows[::-1])
     with artifacts.create(case.folder / "pairs.h5", artifacts.CORRESPONDENCES, {}, inputs) as file:
-        file.update({**named, "neighbor": case.neighbor})
+        file.update(whole)
     with pytest.raises(InputError, match=r"proposals.h5: was made from another manifest"):
         case.evaluate(files)
     assert not (case.folder / "out" / "pairs.json").exists()

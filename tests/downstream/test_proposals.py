@@ -57,9 +57,9 @@ class Case:
             return np.concatenate([corner, rng.integers(side, 300, (count, 2))], 1)
 
         self.folder = folder
-        self.rows = [(f"{row:04d}", f"train2017/{row:04d}.jpg", 640, 480, 9, "train2017") for row in range(photos)]
+        self.rows = [(f"{row:04d}", f"train2017/{row:04d}.jpg", 640, 640, 9, "train2017") for row in range(photos)]
         self.kept = [boxes(rng.integers(1, 30), 96) for _ in range(photos)]
-        self.images = [{"id": 100 + row, "file_name": f"{row:04d}.jpg", "width": 640, "height": 480}
+        self.images = [{"id": 100 + row, "file_name": f"{row:04d}.jpg", "width": 640, "height": 640}
                        for row in range(photos - 1)]  # fmt: skip
         self.annotations = []
         for row in range(photos - 2):

@@ -339,6 +339,7 @@ def test_features_of_other_photos_or_not_finite(tmp_path: Path, weights: Path) -
     features.write_labels(settings, weights, path, 0, train, test)
     with h5py.File(path, "r+") as file:
         file["test_5"][3, 2] = np.nan
+        del file["test_5"].attrs["sha256"]
     for evaluate_features in (svm.evaluate, lowshot.evaluate):
         with pytest.raises(InputError, match=r"features\.h5: test_5 holds features that are not finite"):
             evaluate_features(settings, path, "random", None, output, 1)
