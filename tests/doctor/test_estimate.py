@@ -7,35 +7,16 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
-from pathlib import Path
 
 import h5py
 import pytest
 import yaml
+from test_workflow import PROJECT, TINY
 
 from orl.config import Config, merge
 from orl.doctor import estimate, jobs
 
-PROJECT = Path(__file__).parents[2]
-TINY = {
-    "name": "tiny",
-    "data": {"scenes": {"train": 24, "val": 12, "objects_train": 1, "objects_val": 1}},
-    "stage1": {
-        "network": {"backbone": "resnet10", "hidden": 16, "projection": 8},
-        "views": {"size": 32, "blur_radius": [0.1, 0.5]},
-        "optimizer": {"batch": 8, "epochs": 2, "lr": 1.0, "warmup_epochs": 1},
-    },
-    "embeddings": {"resize": 40, "crop": 32},
-    "proposals": {"min_size": 32, "top_n": 5},
-    "neighbors": {"k": 3},
-    "rois": {"size": 32},
-    "stage3": {"patch": 24},
-    "downstream": {
-        "tasks": ["voc07_svm"],
-        "voc07_svm": {"resize": 72, "size": 64, "stages": [5], "costs": [0.01]},
-    },
-    "compute": {"threads": 1, "shards": {"proposals": 2, "rois": 3, "correspondences": 2}},
-}
+SETTINGS = merge(TINY, {"compute": {"threads": 1}})
 VARIANTS = {
     "repeats": 2,
     "variants": {"k2": {"neighbors": {"k": 2}}, "grid": {"measure": ["pairs"], "proposals": {"method": "grid"}}},
@@ -58,7 +39,7 @@ ALL_TASKS = {
 def written(folder, *changes):
     """Config files, each laid over those before."""
     files = []
-    for number, config in enumerate([TINY, *changes]):
+    for number, config in enumerate([SETTINGS, *changes]):
         files.append(folder / f"{number}.yaml")
         files[-1].write_text(yaml.safe_dump(config))
     return list(map(str, files))

@@ -12,25 +12,11 @@ from orl.config import merge
 
 sys.path.insert(0, str(Path(__file__).parent))  # for cluster.py: the tests are imported without their folders
 from cluster import Cluster, missing
+from test_workflow import PROJECT, TINY
 
-PROJECT = Path(__file__).parents[2]
 STAGE1 = "results/tiny/models/stage1/backbone.safetensors"
-TINY = {
-    "name": "tiny",
-    "data": {"scenes": {"train": 24, "val": 12, "objects_train": 1, "objects_val": 1}},
-    "stage1": {
-        "network": {"backbone": "resnet10", "hidden": 16, "projection": 8},
-        "views": {"size": 32, "blur_radius": [0.1, 0.5]},
-        "optimizer": {"batch": 8, "epochs": 2, "lr": 1.0, "warmup_epochs": 1},
-    },
-    "embeddings": {"resize": 40, "crop": 32},
-    "proposals": {"min_size": 32, "top_n": 5},
-    "neighbors": {"k": 3},
-    "rois": {"size": 32},
-    "stage3": {"patch": 24},
-    "downstream": {"tasks": ["voc07_svm"], "voc07_svm": {"resize": 72, "size": 64, "stages": [5], "costs": [0.01]}},
-    "compute": {"threads": 1, "gpus": 2, "shards": {"proposals": 3, "rois": 2, "correspondences": 2}},
-}
+SHARDS = {"proposals": 3, "rois": 2, "correspondences": 2}
+SETTINGS = merge(TINY, {"compute": {"threads": 1, "gpus": 2, "shards": SHARDS}})
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +45,7 @@ def local(folder, config, *arguments):
 def photos(tmp_path_factory):
     """A folder with scenes and their manifest."""
     folder = tmp_path_factory.mktemp("photos")
-    local(folder, TINY, "results/tiny/manifest.csv")
+    local(folder, SETTINGS, "results/tiny/manifest.csv")
     return folder
 
 
@@ -79,7 +65,7 @@ def trained(photos, tmp_path_factory):
 
 
 def longer(epochs):
-    return merge(TINY, {"stage1": {"optimizer": {"epochs": epochs}}, "compute": {"gpus": 1}})
+    return merge(SETTINGS, {"stage1": {"optimizer": {"epochs": epochs}}, "compute": {"gpus": 1}})
 
 
 @pytest.fixture

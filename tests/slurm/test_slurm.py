@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from cluster import snakemake, wait_for
-from conftest import PROJECT, STAGE1, TINY, local, longer, same_model
+from conftest import PROJECT, SETTINGS, STAGE1, local, longer, same_model
 
 from orl import artifacts
 from orl.config import merge
@@ -51,9 +51,9 @@ def test_the_whole_run(cluster, tmp_path):
     folder, other = tmp_path / "run", tmp_path / "local"
     for one in (folder, other):
         one.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
     process = snakemake(cluster, folder)
-    local(other, TINY, "--cores", "2")  # as many threads: else trainings differ in the last bits
+    local(other, SETTINGS, "--cores", "2")  # as many threads: else trainings differ in the last bits
     finished(process, folder)
     results = Path("results", "tiny")
     made = [path.relative_to(other) for path in sorted((other / results).rglob("*")) if path.is_file()]
