@@ -65,8 +65,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     As `atomic`; the caller has made sure that a folder of that name may go. Raises NoRoomError.
     """
     path = Path(path)
-    begins, above = _beside(path), path.parent
-    with _room(path), tempfile.TemporaryDirectory(".tmp", begins, above, ignore_cleanup_errors=True) as temporary:
+    with (
+        _room(path),
+        tempfile.TemporaryDirectory(".tmp", _beside(path), path.parent, ignore_cleanup_errors=True) as temporary,
+    ):
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()  # within the private folder, it has the usual permissions
         yield new
