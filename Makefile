@@ -1,6 +1,6 @@
 # make demo   installs, runs everything on generated scenes
 # make test   installs, checks style and types, runs the tests
-# make test-faults  kills every command, fills its disk, damages its files
+# make test-faults  kills every command, fills its disk, damages its files, gives it odd names
 # make test-slurm   runs the workflow on a SLURM cluster, made for it (Debian: apt install slurm-wlm munge)
 # make bench  installs, measures speed, memory, scale and the generated scenes (benchmarks/README.md)
 # make clean  removes the environment, caches and the demo's results; other results stay

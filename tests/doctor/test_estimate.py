@@ -111,7 +111,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         planned = jobs.planned(files, [], 2)
-        found = estimate.Estimate(planned, tmp_path_factory.mktemp("measured"), 20)
+        found = estimate.Estimate(planned, tmp_path_factory.mktemp("measured"), 6)
         costs = [found.cost(job) for job in planned]
         failed = [cost for cost in found.costs.values() if isinstance(cost, Exception)]
     assert not failed

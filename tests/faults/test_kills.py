@@ -1,5 +1,6 @@
 """`kill -9` at seeded random moments of every command: a rerun makes the files of an undisturbed run, byte by byte."""
 
+import json
 import os
 import platform
 import zlib
@@ -10,6 +11,7 @@ from child import Fault, run
 from commands import COMMANDS, finals, leftovers, line
 
 from orl import artifacts
+from orl.config import merge
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -30,6 +32,27 @@ def test_killed(command, settings, inputs, undisturbed, tmp_path, record_propert
     assert again.status == 0, again.lines
     assert finals(tmp_path) == expected
     assert leftovers(tmp_path) == []
+    record_property("kills", kills)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_training_killed_again_and_again(seed, settings, inputs, tmp_path, record_property):
+    """It goes on from its last checkpoint each time."""
+
+    def train(name, kill_after=None):
+        arguments = line("pretrain --stage stage1", settings, inputs, tmp_path / name)
+        at = arguments.index("--settings") + 1
+        arguments[at] = json.dumps(merge(json.loads(arguments[at]), {"stage1": {"optimizer": {"epochs": 20}}}))
+        return run(arguments, kill_after=kill_after)
+
+    moments, whole = np.random.default_rng(seed), train("whole")
+    assert whole.status == 0, whole.lines
+    dead = [train("broken", kill_after=moments.uniform(0.4, 0.6) * whole.seconds) for _ in range(3)]
+    kills = sum(done.status == -9 for done in dead)
+    assert kills
+    again = train("broken")
+    assert any("going on from step" in told for told in again.lines)
+    assert finals(tmp_path / "broken") == finals(tmp_path / "whole")
     record_property("kills", kills)
 
 

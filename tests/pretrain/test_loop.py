@@ -199,34 +199,6 @@ def test_a_job_told_to_end_saves_and_resumes_bit_equal(train, photos, manifest_p
     assert not list(broken.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kills_at_random_moments_change_nothing(train, photos, manifest_path, tmp_path, seed):
-    def run(output):
-        arguments = command(photos, manifest_path, output, "--checkpoint-minutes", "0")
-        arguments[arguments.index("--settings") + 1] = json.dumps(LONGER)
-        return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-
-    broken, moments = tmp_path / "broken", np.random.default_rng(seed)
-    for _ in range(2):
-        process = run(broken)
-        before = checkpoints(broken)
-        while checkpoints(broken) == before and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.5))
-        process.kill()
-        process.wait()  # not for its workers, which live on for a moment
-    last = run(broken)
-    assert "going on from step" in last.communicate(timeout=200)[1]
-    assert_equal_models(broken, train("whole", LONGER, threads=2))
-
-
-LONGER = merge(CONFIG, {"stage1": {"optimizer": {"epochs": 12}}})
-
-
-def checkpoints(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.glob("state/*/checkpoint.pt")}
-
-
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_every_method_trains_and_resumes_bit_equal(train, monkeypatch, method):
     stage1 = merge(CONFIG["stage1"], {"method": method, "queue": 16, "shuffled_batch": 2})
