@@ -54,10 +54,12 @@ Series = dict[float, Mean]
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table as text, and whether it is the best of its kind."""
+    """A number of a table as text, whether it is the best of its kind, and by how much stage 1's is exceeded."""
 
     text: str
     best: bool = False
+    change: str = ""
+    mean: Mean | None = None
 
 
 @dataclass(frozen=True)
@@ -302,9 +304,9 @@ def _svm(arms: Arms) -> Shown:
     """The mAP of each model, against those that others are compared with, and by stage."""
     scores = {arm: series[0] for arm, series in _means(arms, "mAP").items()}
     chances = {arm: f"{series[0].value:.2f}" for arm, series in _means(arms, "chance").items() if series}
-    base = next((arm for arm in arms if arm.split("-")[0] == "stage1"), None)
+    base = next((arm for arm in arms if is_stage1(arm)), None)
     own = next((arm for arm in arms if arm.startswith("orl")), None)  # a plain orl ranks first
-    columns = {"mAP": _cells(list(scores.values()), 2)}
+    columns = {"mAP": _cells(scores, 2, None)}
     more = {arm: [f"{len(repeats)} seeds"] if len(repeats) > 1 else [] for arm, repeats in arms.items()}
     for other in [arm for arm in (base, own) if arm is not None and len(arms) > 1]:
         changes = {arm: scores[arm].minus(scores[other]).text(2, sign=True) for arm in arms if arm != other}
@@ -401,12 +403,13 @@ def _by_method(arms: Arms) -> Arms:
 def _localization(arms: Arms) -> Shown:
     means = _means(arms, "found")
     rates = {row: {n: rate for n, rate in series.items() if n} for row, series in means.items()}
-    columns = {**_named(means, ["CorLoc"], 1), **_columns(rates, "detection rate, n = {:g}")}
+    columns = {**dict(_seeds(arms)), **_named(means, ["CorLoc"], 1), **_columns(rates, "detection rate, n = {:g}")}
     said = {
         row: f"{_listed(means[row], ['CorLoc'], 1)}, detection rate {', '.join(texts)}"
         for row, texts in _texts(rates, arms, "n = {:g}").items()
     }
-    return [_table("Boxes", arms, columns, "Boxes")], [], said
+    rows = [(row, list(cells)) for row, *cells in zip(arms, *columns.values(), strict=True)]  # many: not as columns
+    return [Table("Boxes", ["Boxes", *columns], rows)], [], said
 
 
 SHOWN: dict[str, Callable[[Arms], Shown]] = {
@@ -451,14 +454,16 @@ def _texts(means: dict[str, Series], arms: Arms, column: str) -> dict[str, list[
 
 
 def _columns(means: dict[str, Series], head: str, digits: int = 1) -> dict[str, list[Cell]]:
-    """A column for each key of any series, by its heading."""
+    """The cells of all models for each key of any series, by its heading."""
     keys = sorted({key for series in means.values() for key in series})
-    return {head.format(key): _cells([series.get(key) for series in means.values()], digits) for key in keys}
+    return {head.format(key): _cells({arm: one.get(key) for arm, one in means.items()}, digits) for key in keys}
 
 
 def _named(means: dict[str, Series], names: Sequence[str], digits: int = 2) -> dict[str, list[Cell]]:
-    """A column for each of the measures that go by their places."""
-    return {name: _cells([series.get(place) for series in means.values()], digits) for place, name in enumerate(names)}
+    """The cells of all models for each of the measures that go by their places."""
+    return {
+        name: _cells({arm: one.get(place) for arm, one in means.items()}, digits) for place, name in enumerate(names)
+    }
 
 
 def _listed(series: Series, names: Sequence[str], digits: int = 2) -> str:
@@ -467,19 +472,37 @@ def _listed(series: Series, names: Sequence[str], digits: int = 2) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
-def _cells(means: Sequence[Mean | None], digits: int) -> list[Cell]:
-    """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
-    given = [round(one.value, digits) for one in means if one is not None]
+def is_stage1(arm: str) -> bool:
+    """Whether an arm is of stage 1's weights: those of the run, or of a variant."""
+    return arm.split("-")[0] == "stage1"
+
+
+def _cells(scores: Mapping[str, Mean | None], digits: int, base: str | None = "") -> list[Cell]:
+    """Scores as text, and against those of `base`, by default the first of stage 1; the best, as far as the text tells,
+    are marked where there is something to compare."""
+    given = [round(one.value, digits) for one in scores.values() if one is not None]
     best = max(given) if len(given) > 1 else None
-    return [Cell("–") if one is None else Cell(one.text(digits), round(one.value, digits) == best) for one in means]
+    base = next((arm for arm in scores if is_stage1(arm)), None) if base == "" else base
+    first = scores.get(base) if base is not None else None
+    cells = []
+    for arm, one in scores.items():
+        if one is None:
+            cells.append(Cell("–"))
+            continue
+        change = Mean(one.value - first.value).text(digits, sign=True) if first and arm != base else ""
+        cells.append(Cell(one.text(digits), round(one.value, digits) == best, change, one))
+    return cells
 
 
-def _table(title: str, arms: Arms, columns: Mapping[str, list[Cell]], head: str = "Model") -> Table:
-    """A row for each model, or what else the arms are."""
-    if any(len(repeats) > 1 for repeats in arms.values()):
-        columns = {"seeds": [Cell(str(len(repeats))) for repeats in arms.values()], **columns}
-    rows = [(arm, [cells[row] for cells in columns.values()]) for row, arm in enumerate(arms)]
-    return Table(title, [head, *columns], rows)
+def _table(title: str, arms: Arms, rows: Mapping[str, list[Cell]]) -> Table:
+    """A column for each model."""
+    return Table(title, ["Score", *arms], [*_seeds(arms), *rows.items()])
+
+
+def _seeds(arms: Arms) -> list[tuple[str, list[Cell]]]:
+    """The numbers of seeds, where there are several."""
+    numbers = [len(repeats) for repeats in arms.values()]
+    return [("seeds", [Cell(str(number)) for number in numbers])] if max(numbers) > 1 else []
 
 
 def _parts(arms: Arms) -> list[Table]:
@@ -494,7 +517,8 @@ def _parts(arms: Arms) -> list[Table]:
         for name in names:
             given = [[one.parts.get(key, {}).get(name, math.nan) for one in repeats] for repeats in arms.values()]
             values = [[value for value in arm if not math.isnan(value)] for arm in given]
-            rows.append((name, _cells([Mean(mean(some).value) if some else None for some in values], 2)))
+            means = [Mean(mean(some).value) if some else None for some in values]
+            rows.append((name, _cells(dict(zip(arms, means, strict=True)), 2, None)))
         if rows:
             tables.append(Table(key[0], [key[1], *arms], rows))
     return tables

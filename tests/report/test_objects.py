@@ -9,6 +9,7 @@ import pytest
 
 from orl import InputError, artifacts
 from orl.report.scores import Task, tasks
+from test_page import by_model
 
 APS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COCO = {
@@ -74,18 +75,19 @@ def read(folder: Path, *results: dict) -> list[Task]:
 
 def rows(task: Task, title: str) -> list[list[str]]:
     table = next(table for table in [*task.tables, *task.folded] if table.title == title)
-    return [table.heads, *([name, *(cell.text for cell in cells)] for name, cells in table.rows)]
+    return by_model([table.heads, *([name, *(cell.text for cell in cells)] for name, cells in table.rows)])
 
 
 def best(task: Task, title: str) -> set[tuple[str, str]]:
-    """Row and column of what is in bold."""
+    """Row and column of what is in bold, in the table that `rows` returns."""
     table = next(table for table in [*task.tables, *task.folded] if table.title == title)
-    return {
+    found = {
         (name, head)
         for name, cells in table.rows
         for head, cell in zip(table.heads[1:], cells, strict=True)
         if cell.best
     }
+    return {(head, name) for name, head in found} if table.heads[0] == "Score" else found
 
 
 def test_detection(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.tables: dict[str, list[list[str]]] = {}  # by what is read out before them
         self.bold: list[str] = []
+        self.changes: list[str] = []  # against stage 1
+        self.in_change = False
         self.text = ""
         self.labels: list[str] = []
         self.tags: list[str] = []
@@ -42,6 +44,7 @@ class Page(HTMLParser):
         self.feed(html)
         self.close()
         assert not self.open
+        self.tables = {label: by_model(rows) for label, rows in self.tables.items()}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -51,6 +54,7 @@ class Page(HTMLParser):
         self.loads += [
             given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
         ]
+        self.in_change = given.get("class") == "change"
         self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
         if tag == "img":
             assert given["alt"]
@@ -81,18 +85,25 @@ class Page(HTMLParser):
             assert "@import" not in data
             return
         self.text += data
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
+        if self.in_change and "span" in self.open:
+            self.changes.append(data)
+        elif "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data.strip()
         if "b" in self.open:
             self.bold.append(data)
 
     def table(self, first: str) -> list[list[str]]:
-        """The rows of the table whose first heading is `first`."""
-        start = next(i for i, row in enumerate(self.rows) if row[0] == first)
-        ends = [
-            i for i, row in enumerate(self.rows) if row[0] in ("Model", "Class", "Pairs", "Proposals") and i > start
-        ]
-        return self.rows[start : ends[0] if ends else None]
+        """The first table whose first heading is this one."""
+        return next(rows for rows in self.tables.values() if rows[0][0] == first)
+
+
+def by_model(rows: list[list[str]]) -> list[list[str]]:
+    """A table of scores with a row for each model; on the page, it has a column."""
+    if rows[0][0] != "Score":
+        return rows
+    found = [list(row) for row in zip(*rows, strict=True)]
+    found[0][0] = "Model"
+    return found
 
 
 def chart_words(page: Page) -> list[set[str]]:
@@ -520,7 +531,8 @@ def test_tasks_by_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ]
     table = [["Model", "k = 20", "k = 200"], ["stage1", "30.0", "31.0"], ["orl", "33.3", "31.0"]]
     assert page.tables["k-NN classification: objects: Top-1 by k"] == table
-    assert page.bold[-5:] == ["23.4 ± 0.5", "43.4 ± 0.2", "31.0", "33.3", "31.0"]
+    assert page.bold[-5:] == ["23.4 ± 0.5", "43.4 ± 0.2", "33.3", "31.0", "31.0"]
+    assert page.changes[-4:] == ["+3.4", "+3.4", "+3.3", "+0.0"]  # against stage 1, where it has a score
     for note in (
         "Means over samples of the training photos ± their standard deviation.",
         "Clean protocol: costs are chosen by cross-validation",
