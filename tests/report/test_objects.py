@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_page import by_model
 
 from orl import InputError, artifacts
 from orl.report.scores import Task, tasks
-from test_page import by_model
 
 APS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COCO = {
