@@ -299,6 +299,9 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         _stage2(args),
         config.data.exif,
         args.output,
+        args.results,
+        args.graph,
+        args.left_out,
     )
 
 
@@ -625,6 +628,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     sub.add_argument("--attention", nargs="*", default=[], metavar="FOLDER", help="made by `orl attention`")
+    sub.add_argument("--results", metavar="FOLDER", help="of the run: its config.json and benchmarks are told of")
+    sub.add_argument("--graph", metavar="FILE", help="the run's jobs, by `snakemake --dag dot`")
+    sub.add_argument("--left-out", nargs="*", default=[], metavar="TEXT", help="what was not measured, and why")
 
     def of_a_run(name: str, run: Callable[[argparse.Namespace, Config], None], text: str) -> argparse.ArgumentParser:
         """A command about a whole run, whose settings lie in its folder."""

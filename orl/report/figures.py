@@ -180,7 +180,7 @@ def lines(
             axes.set_xticks(list(ticks), labels=list(ticks.values()))
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
     return _chart(draw, alt)
 

@@ -4,7 +4,9 @@ Photos are shown reduced and in bounded numbers, so that the page of any run sta
 these are embedded as they are, of a few photos.
 """
 
+import base64
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,21 +20,21 @@ import numpy as np
 from orl import InputError, __version__, artifacts
 from orl.data import decode
 from orl.data.manifest import load
-from orl.report import figures
+from orl.report import figures, run
 from orl.report.figures import Chart, Drawing, Line, Picture, Style, line_chart
 from orl.report.repeats import by_arm, mean
 from orl.report.scores import given_once, rank, result_of, tasks
 
 SEED = 0  # of what is sampled to be shown
 QUERIES, NEIGHBORS = 8, 5  # of the gallery
-RANDOM_PAIRS, EXTREME_PAIRS = 6, 3  # photo pairs that are drawn: of random queries; most and least similar
+RANDOM_PAIRS, EXTREME_PAIRS = 20, 10  # photo pairs that are drawn: of random queries; most and least similar
 MATCHES = 3  # RoI pairs drawn on a photo pair
 SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, gallery
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
 MAPS = 8  # photos whose attention maps are shown, of each folder
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
-METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
+METRICS_COLUMNS = ("epoch", "step", "loss", "feature_std", "lr")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Pair:
-    """A photo and a neighbour of it, with the RoI pairs drawn on them."""
+    """A photo and a neighbour of it, with the RoI pairs drawn on them; `similarity`: of the most similar of these."""
 
+    kind: str
+    similarity: float
     caption: str
     drawing: Drawing
 
@@ -102,9 +106,14 @@ def report(
     stage2_paths: tuple[str, str, str] | None,
     exif: decode.Exif,
     output: str,
+    results: str | None = None,
+    graph_path: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Write the page of a run.
 
+    `results`: the run's folder, of whose config.json and benchmarks the page tells; `graph_path`: its jobs, by
+    `snakemake --dag dot`; `left_out`: sentences on what was not measured.
     `attention_paths`: folders made by `orl attention`. `stage2_paths`: the run's neighbors, proposals and
     correspondences; None: the page shows none of them.
     A model's curves go by the name of the folder that holds its metrics.csv. Same inputs, same bytes.
@@ -116,6 +125,7 @@ def report(
     def photo(row: int) -> decode.Photo:
         return load(root, manifest, row, exif)
 
+    took = run.costs(Path(results, "benchmarks")) if results else []
     scores = tasks(scores_paths)
     recalls = _recalls(recalls_paths)
     precisions = _precisions(pairs_paths)
@@ -126,6 +136,12 @@ def report(
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
         "rejected_count": len(rejected),
+        "settings": run.settings(Path(results, "config.json")) if results else [],
+        "costs": took,
+        "machine": run.described(),
+        "graph": run.graph(Path(graph_path), took) if graph_path else None,
+        "rule_box": run.BOX,
+        "left_out": left_out,
         "tasks": scores,
         "curves": _curves(metrics_paths),
         "attention": [_attention(path) for path in attention_paths],
@@ -135,11 +151,13 @@ def report(
         "precision_charts": [one.chart for one in precisions[:CHARTS]],
         "index_recall": None,
         "queries": [],
-        "pair_groups": [],
+        "pairs": [],
         "histograms": [],
         **(_discovery(*stage2_paths, manifest_path, manifest, photo) if stage2_paths else {}),
     }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    context |= {"script": script, "script_hash": f"sha256-{digest}"}  # the browser runs this script alone
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -197,7 +215,30 @@ def _curves(paths: Sequence[str]) -> list[Chart]:
         last = "; ".join(f"{line.name} {line.y[-1]:.2g}" for line in lines)
         alt = f"{title} by epoch; in the last epoch: {last}"
         charts.append(line_chart(title, lines, label, alt, " ".join(note + rest)))
+    folders = {Path(path).resolve().parent.name: Path(path).parent for path in paths}
+    speeds = [line for name, columns in models[:CHARTS] if (line := _speed(name, folders[name], columns))]
+    if speeds:
+        means = "; ".join(f"{line.name} {line.y.mean():.3g}" for line in speeds)
+        alt = f"Throughput in photos per second by epoch; on average: {means}"
+        charts.append(line_chart("Throughput", speeds, "photos per second", alt, " ".join(rest)))
     return charts
+
+
+def _speed(name: str, folder: Path, columns: dict[str, np.ndarray]) -> Line | None:
+    """How many photos a model was trained on in a second, as its training's TensorBoard log tells, if it is kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = sorted(folder.glob("state/*/tensorboard/*"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return None
+    events = EventAccumulator(str(logs[-1].parent), {"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.endswith("/photos_per_second")]
+    if not tags:
+        return None
+    told = events.Scalars(tags[0])
+    epochs = np.array([one.step for one in told]) * columns["epoch"][-1] / columns["step"][-1]
+    return Line(name, epochs, np.array([one.value for one in told]))
 
 
 def _metrics(path: str) -> dict[str, np.ndarray]:
@@ -252,7 +293,7 @@ def _discovery(
     return {
         "index_recall": index_recall and f"{100 * float(index_recall):.2f} %",
         "queries": _gallery(queries, neighbors, manifest, photo),
-        "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
+        "pairs": _pairs(rng, entries, similarity, pairs, proposals, manifest, photo),
         "histograms": _histograms(proposals, similarity, len(sampled), len(manifest)),
     }
 
@@ -283,20 +324,20 @@ def _pair_similarities(pairs: artifacts.Correspondences, rows: np.ndarray) -> tu
     return entries, np.asarray(pairs.similarity[entries], np.float32)
 
 
-def _pair_groups(
-    queries: np.ndarray,
+def _pairs(
+    rng: np.random.Generator,
     entries: np.ndarray,
     similarity: np.ndarray,
     pairs: artifacts.Correspondences,
     proposals: artifacts.Proposals,
     manifest: artifacts.Manifest,
     photo: Callable[[int], decode.Photo],
-) -> list[tuple[str, list[Pair]]]:
-    """The photo pairs to draw, under their headings."""
+) -> list[Pair]:
+    """The photo pairs to draw, by falling similarity: random photos, and those of the most and least similar RoIs."""
     k = pairs.neighbor.shape[1]
     offsets = pairs.pair_offsets
 
-    def draw(slot: int, shown: range) -> Pair:
+    def draw(kind: str, slot: int, shown: range) -> Pair:
         """Photo slot // k and its neighbour slot % k, with the RoI pairs `shown`."""
         row, other = slot // k, int(pairs.neighbor[slot // k, slot % k])
         boxes = [
@@ -306,13 +347,15 @@ def _pair_groups(
             )
             for a, b in pairs.pair[shown.start : shown.stop].astype(np.int64)
         ]
-        names = [f"{value:.3f}" for value in pairs.similarity[shown.start : shown.stop]]
+        values = pairs.similarity[shown.start : shown.stop].astype(float)
         paths = str(manifest.path[row]), str(manifest.path[other])
         total = offsets[slot + 1] - offsets[slot]
         caption = f"{len(boxes)} of {total} RoI pairs of {paths[0]} and {paths[1]}"
-        return Pair(caption, figures.pair((photo(row), photo(other)), paths, SIDE, boxes, names))
+        names = [f"{value:.3f}" for value in values]
+        drawing = figures.pair((photo(row), photo(other)), paths, SIDE, boxes, names)
+        return Pair(kind, max(values, default=-1.0), caption, drawing)
 
-    def extremes(order: np.ndarray) -> list[Pair]:
+    def extremes(kind: str, order: np.ndarray) -> list[Pair]:
         """The first RoI pairs in an order of `entries`, each of other photos than those before."""
         found: list[Pair] = []
         seen = set()
@@ -322,18 +365,18 @@ def _pair_groups(
             if photos in seen:
                 continue
             seen.add(photos)
-            found.append(draw(slot, range(entry, entry + 1)))
+            found.append(draw(kind, slot, range(entry, entry + 1)))
             if len(found) == EXTREME_PAIRS:
                 break
         return found
 
-    firsts = [int(row) * k for row in queries[:RANDOM_PAIRS]]
-    best = [range(int(offsets[slot]), min(int(offsets[slot + 1]), int(offsets[slot]) + MATCHES)) for slot in firsts]
-    return [
-        ("Random photos and their nearest neighbour", [draw(*one) for one in zip(firsts, best, strict=True)]),
-        ("Most similar RoI pairs", extremes(np.argsort(-similarity, kind="stable"))),
-        ("Least similar RoI pairs that were kept", extremes(np.argsort(similarity, kind="stable"))),
-    ]
+    photos = rng.choice(len(manifest), min(RANDOM_PAIRS, len(manifest)), replace=False)
+    slots = [int(row) * k for row in photos]  # a photo's nearest neighbour
+    best = [range(int(offsets[slot]), min(int(offsets[slot + 1]), int(offsets[slot]) + MATCHES)) for slot in slots]
+    found = [draw("random photos", *one) for one in zip(slots, best, strict=True)]
+    found += extremes("most similar RoIs", np.argsort(-similarity, kind="stable"))
+    found += extremes("least similar RoIs", np.argsort(similarity, kind="stable"))
+    return sorted(found, key=lambda pair: -pair.similarity)
 
 
 def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled: int, photos: int) -> list[Chart]:
