@@ -34,7 +34,7 @@ REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
 MAPS = 8  # photos whose attention maps are shown, of each folder
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
-METRICS_COLUMNS = ("epoch", "step", "loss", "feature_std", "lr")
+METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _speed(name: str, folder: Path, columns: dict[str, np.ndarray]) -> Line | No
     if not tags:
         return None
     told = events.Scalars(tags[0])
-    epochs = np.array([one.step for one in told]) * columns["epoch"][-1] / columns["step"][-1]
+    epochs = np.array([one.step for one in told]) * columns["epoch"][-1] / told[-1].step  # it ends with the training
     return Line(name, epochs, np.array([one.value for one in told]))
 
 

@@ -57,7 +57,7 @@ def settings(path: Path) -> list[tuple[str, str, str]]:
         given = config.parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # an InputError is one
         raise InputError(f"{path}: is no config of a run ({error}); start the run again.") from None
-    ours, theirs = (_flat(one.model_dump(mode="json")) for one in (given, config.Config()))
+    ours, theirs = (_flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
     return [
         (key, json.dumps(value, ensure_ascii=False), json.dumps(theirs[key]) if key in theirs else "–")
         for key, value in ours.items()

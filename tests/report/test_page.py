@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from PIL import Image
 
 from orl import InputError, artifacts, cli
 from orl.report import figures
-from orl.report.page import CHARTS, MAPS, QUERIES, report
+from orl.report.page import CHARTS, EXTREME_PAIRS, MAPS, QUERIES, report
 from orl.report.scores import CURVES, tasks
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
@@ -33,6 +34,8 @@ class Page(HTMLParser):
         self.images: list[str] = []
         self.loads: list[str] = []
         self.rows: list[list[str]] = []
+        self.scripts: list[str] = []
+        self.pairs: list[tuple[str, str, str]] = []  # kind, similarity, caption
         self.tables: dict[str, list[list[str]]] = {}  # by what is read out before them
         self.bold: list[str] = []
         self.changes: list[str] = []  # against stage 1
@@ -49,12 +52,15 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         given = {name: value or "" for name, value in attrs}
-        assert tag != "script"
         assert not any(name.startswith("on") for name in given)
         self.loads += [
             given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
         ]
         self.in_change = given.get("class") == "change"
+        if given.get("class") == "pair":
+            self.pairs.append((given["data-kind"], given["data-similarity"], ""))
+        if given.get("class") == "drawing":
+            self.pairs[-1] = (*self.pairs[-1][:2], given["aria-label"])
         self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
         if tag == "img":
             assert given["alt"]
@@ -80,6 +86,9 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.scripts.append(data)
+            return
         if "style" in self.open:
             assert "url(" not in data
             assert "@import" not in data
@@ -312,7 +321,7 @@ class Run:
         self.attention.append(str(folder))
         return folder
 
-    def write(self, name: str = "index.html", stage2: bool = True) -> str:
+    def write(self, name: str = "index.html", stage2: bool = True, **told: Any) -> str:
         neighbors, proposals, pairs = (
             str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")
         )
@@ -321,7 +330,7 @@ class Run:
         photos = str(self.folder / "photos")
         lists = self.metrics, self.scores, self.recalls, self.pairs, self.attention
         files = (neighbors, proposals, pairs) if stage2 else None
-        report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output))
+        report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output), **told)
         return output.read_text()
 
 
@@ -350,7 +359,11 @@ def test_works_offline(made: Run, page: Page) -> None:
     assert "://" not in (made.folder / "out" / "index.html").read_text()
     assert page.loads
     assert all(uri.startswith("data:image/") for uri in page.loads)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base"} & set(page.tags)
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = (made.folder / "out" / "index.html").read_text()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">" in text
 
 
 def test_images_decode(page: Page) -> None:
@@ -366,7 +379,7 @@ def test_images_decode(page: Page) -> None:
                 image.load()
                 assert image.format == "JPEG"
                 assert 100 <= max(image.size) <= 240
-    photos = QUERIES * 6 + 2 * 12  # gallery; 6 + 3 + 3 drawn pairs
+    photos = QUERIES * 6 + 2 * (12 + 2 * EXTREME_PAIRS)  # gallery; drawn pairs
     assert kinds.count("image/jpeg") == photos
     assert kinds.count("image/svg+xml") == 2 + 3 + 2 + 2
 
@@ -826,14 +839,22 @@ def test_matched_boxes_lie_on_the_photos() -> None:
 def test_drawn_pairs_are_those_of_the_files(made: Run, page: Page) -> None:
     manifest = artifacts.read_manifest(made.folder / "manifest.csv")
     pairs = artifacts.read_correspondences(made.folder / "correspondences.h5")
-    captions = [label for label in page.labels if "RoI pairs of" in label]
-    assert len(captions) == 12
-    for caption in captions[:6]:  # random photos, each with its nearest neighbour
+    captions: dict[str, list[str]] = {}
+    for kind, _, caption in page.pairs:
+        captions.setdefault(kind, []).append(caption)
+    assert {kind: len(found) for kind, found in captions.items()} == {
+        "random photos": 12,
+        "most similar RoIs": EXTREME_PAIRS,
+        "least similar RoIs": EXTREME_PAIRS,
+    }
+    for caption in captions["random photos"]:  # each with its nearest neighbour
         row = next(i for i, path in enumerate(manifest.path) if f"of {path} and" in caption)
         count = pairs.pair_offsets[row * made.k + 1] - pairs.pair_offsets[row * made.k]
         assert caption == f"{count} of {count} RoI pairs of {manifest.path[row]} and {manifest.path[(row + 1) % 12]}"
-    for extreme in (pairs.similarity.min(), pairs.similarity.max()):
-        assert f"1: {extreme:.3f}" in page.text
+    similarities = [float(value) for _, value, _ in page.pairs]
+    assert similarities == sorted(similarities, reverse=True)
+    assert similarities[0] == pytest.approx(pairs.similarity.max(), abs=1e-4)
+    assert similarities[-1] == pytest.approx(pairs.similarity.min(), abs=1e-4)
 
 
 def test_recall_of_the_proposals(tmp_path: Path) -> None:
