@@ -1,7 +1,6 @@
 """The report: one self-contained HTML page that shows what a run did and how good its models are.
 
-Photos are shown reduced and in bounded numbers, so that the page of any run stays below 5 MB, attention maps aside:
-these are embedded as they are, of a few photos.
+Photos are shown reduced and in bounded numbers, so that the page of any run stays below 15 MB.
 """
 
 import base64
@@ -33,6 +32,7 @@ SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, galler
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
 MAPS = 8  # photos whose attention maps are shown, of each folder
+SHEET_BYTES, MAP_BYTES = 2_000_000, 400_000  # of attention maps at most, all on one sheet and those of one photo
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
 METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
 
@@ -254,16 +254,16 @@ def _metrics(path: str) -> dict[str, np.ndarray]:
 def _attention(folder: str) -> Attention:
     """What the page shows of a folder made by `orl attention`. Raises InputError."""
 
-    def png(name: str, of: str) -> Picture:
+    def png(name: str, of: str, most: int) -> Picture:
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not in it")
-        return figures.png(Path(folder, name).read_bytes(), f"Attention maps of {of}")
+        return figures.png(Path(folder, name).read_bytes(), f"Attention maps of {of}", most)
 
     try:
         listed = json.loads(Path(folder, "attention.json").read_text(encoding="utf-8"))
         models, photos = ", ".join(listed["models"]), listed["photos"]
-        maps = [(str(one["path"]), png(one["file"], str(one["path"]))) for one in photos[:MAPS]]
-        sheet = png("contact_sheet.png", f"{len(photos)} photos: {models}")
+        maps = [(str(one["path"]), png(one["file"], str(one["path"]), MAP_BYTES)) for one in photos[:MAPS]]
+        sheet = png("contact_sheet.png", f"{len(photos)} photos: {models}", SHEET_BYTES)
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: is no folder of `orl attention` ({error}); draw the maps again.") from None
     return Attention(Path(folder).resolve().name, models, sheet, maps, len(photos))

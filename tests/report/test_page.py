@@ -857,6 +857,20 @@ def test_drawn_pairs_are_those_of_the_files(made: Run, page: Page) -> None:
     assert similarities[-1] == pytest.approx(pairs.similarity.min(), abs=1e-4)
 
 
+def test_a_page_stays_small(tmp_path: Path) -> None:
+    """With the largest attention maps, of noise, and as many models and photos as are shown."""
+    run = Run(tmp_path, 60, 5, size=600)
+    rng = np.random.default_rng(0)
+    folder = run.add_attention("attention", MAPS)
+    for path in folder.glob("*.png"):
+        Image.fromarray(rng.integers(0, 256, (1500, 3000, 3), np.uint8)).save(path, compress_level=0)
+    for number in range(20):
+        run.add_metrics(f"orl-{number}", ["global", "intra", "inter"], 800)
+        run.add_score(result(f"orl-{number}", 60.0))
+        run.add_score(lowshot(f"orl-{number}", list(range(1, 9)), list(range(1, 9))))
+    assert len(run.write()) < 15e6
+
+
 def test_recall_of_the_proposals(tmp_path: Path) -> None:
     """A row for each variant, and a figure of no more variants than can be told apart; without any, neither."""
     run = Run(tmp_path, 3, 1, size=100)
