@@ -22,7 +22,7 @@ from orl.doctor.estimate import duration
 NODE = re.compile(r"^\s*(\d+)\[label = \"(\w+)(?:\\nmerged: (\w+))?", re.MULTILINE)  # of `snakemake --dag dot`
 EDGE = re.compile(r"^\s*(\d+) -> (\d+)$", re.MULTILINE)
 LEFT_OUT = ("all", "graph", "merge")  # rules that make nothing new of the run's
-BOX, STEP = (100, 40), (120, 50)  # of the graph, drawing units: size of a rule, distance of the next
+BOX, STEP = (104, 40), (124, 50)  # of the graph, drawing units: size of a rule, distance of the next
 
 
 @dataclass(frozen=True)
