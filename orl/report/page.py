@@ -116,7 +116,7 @@ def report(
     def photo(row: int) -> decode.Photo:
         return load(root, manifest, row, exif)
 
-    scores = tasks(scores_paths)
+    scores = tasks({"": scores_paths})
     recalls = _recalls(recalls_paths)
     precisions = _precisions(pairs_paths)
     context = {

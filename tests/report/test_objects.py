@@ -70,7 +70,7 @@ def read(folder: Path, *results: dict) -> list[Task]:
     paths = [str(folder / f"{number}.json") for number in range(len(results))]
     for path, one in zip(paths, results, strict=True):
         artifacts.write_json(path, one)
-    return tasks(paths)
+    return tasks({"": paths})
 
 
 def rows(task: Task, title: str) -> list[list[str]]:

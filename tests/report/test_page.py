@@ -680,7 +680,7 @@ SEMI, KNN = semi("m", {"0.01": 1.0}), knn("m", {"20": 1.0})
 def test_damaged_results_are_named(tmp_path: Path, value: dict) -> None:
     artifacts.write_json(tmp_path / "score.json", value)
     with pytest.raises(InputError, match=r"score.json: is no result of `orl evaluate \w+` \(.+\); evaluate again.$"):
-        tasks([str(tmp_path / "score.json")])
+        tasks({"": [str(tmp_path / "score.json")]})
 
 
 def test_models_are_compared_with_the_first_orl_where_none_is_plain(tmp_path: Path) -> None:
