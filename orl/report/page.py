@@ -7,7 +7,7 @@ these are embedded as they are, of a few photos.
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,6 @@ def report(
     precisions = _precisions(pairs_paths)
     context = {
         "run_name": run_name,
-        "version": __version__,
         "tag": figures.TAG,
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
@@ -139,14 +138,22 @@ def report(
         "histograms": [],
         **(_discovery(*stage2_paths, manifest_path, manifest, photo) if stage2_paths else {}),
     }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
+    artifacts.write_text(output, render("page.html", context))
     for task in scores:
         print("\n".join(task.lines))
     print(f"page: {output}")
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of this folder's templates; all that `context` names is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context, version=__version__) + "\n"
 
 
 def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, str]]:

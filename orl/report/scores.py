@@ -93,16 +93,16 @@ class Table:
     down: bool = False  # models are rows
 
     @property
-    def heads(self) -> list[str]:
+    def heads(self) -> list[str | Model]:
         """Those of all columns, the names' first."""
-        return [self.corner, *(self.scores if self.down else map(str, self.models))]
+        return [self.corner, *(self.scores if self.down else self.models)]
 
     @property
-    def rows(self) -> list[tuple[str, list[Cell]]]:
+    def rows(self) -> list[tuple[str | Model, list[Cell]]]:
         """Named rows of cells."""
         if not self.down:
             return list(self.scores.items())
-        return [(str(model), list(cells)) for model, *cells in zip(self.models, *self.scores.values(), strict=True)]
+        return [(model, list(cells)) for model, *cells in zip(self.models, *self.scores.values(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Page(HTMLParser):
         self.bold: list[str] = []
         self.changes: list[str] = []  # against stage 1
         self.in_change = False
+        self.in_run = False  # beside a model's name
         self.text = ""
         self.labels: list[str] = []
         self.tags: list[str] = []
@@ -55,6 +56,9 @@ class Page(HTMLParser):
             given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
         ]
         self.in_change = given.get("class") == "change"
+        if given.get("class") == "run":
+            self.in_run = True
+            self.rows[-1][-1] += " ("
         self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
         if tag == "img":
             assert given["alt"]
@@ -78,6 +82,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open.pop() == tag
+        if tag == "span" and self.in_run:
+            self.in_run = False
+            self.rows[-1][-1] += ")"
 
     def handle_data(self, data: str) -> None:
         if "style" in self.open:
