@@ -32,7 +32,8 @@ def compare(given: Sequence[str], output: str) -> None:
     """Write index.html and scores.csv into the folder `output`; columns are in the order of `given`.
 
     Each of them is the folder of a run's results, or its name below results/. What counts is what its report has among
-    the scores: results that the config of its last start names. Those that are not made yet are counted on the page.
+    the scores: results that the config of its last start names (of object discovery, only while the boxes of the
+    photos' objects are there). Those that are not made yet are counted on the page.
     Same inputs, same bytes. Raises InputError, having written nothing.
     """
     folders = [_folder(one) for one in given]
@@ -73,7 +74,7 @@ def _read(folder: str, name: str) -> Run:
             files = unique(chain.short(chain.places.found(stage, v)) for stage, v in made)
         settings = config.flat(config.parse(chain.raw, "config").model_dump(mode="json"))
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(folder) else f"{folder}: {error}") from None
+        raise InputError(str(error) if str(error).startswith(f"{folder}:") else f"{folder}: {error}") from None
     paths = [os.path.join(folder, file) for file in files]
     results = [path for path in paths if os.path.exists(path)]
     if not results:

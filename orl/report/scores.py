@@ -160,7 +160,7 @@ def result_of(path: str, task: str) -> Iterator[None]:
 def tasks(runs: Mapping[str, Sequence[str]]) -> list[Task]:
     """The results of each task on each data set; a task of no known name needs an mAP. Raises InputError.
 
-    `runs`: the files of results by what their models are called by beside their names; nothing for a single run.
+    `runs`: the files of results by the name of their run, which is empty where there is only one.
     """
     found: dict[tuple[str, str], dict[Model, Reading]] = {}  # task, set -> model -> reading
     for run, path in [(run, path) for run, paths in runs.items() for path in paths]:
