@@ -20,7 +20,8 @@ EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage s
 rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
 `evaluate` has several tasks, some of which start from a model's `features`; `export` writes a backbone for others.
 Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge. Before a long run: `doctor`. Of a whole run:
-`doctor RUN` tells what is stale or damaged, and what mends it; `clean RUN` removes what can be made again."""
+`doctor RUN` tells what is stale or damaged, and what mends it; `clean RUN` removes what can be made again. Of several:
+`compare RUN RUN` shows their scores side by side."""
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
@@ -303,6 +304,12 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         args.graph,
         args.left_out,
     )
+
+
+def _compare(args: argparse.Namespace, config: Config) -> None:
+    from orl.report.compare import compare
+
+    compare(args.run_folders, args.output)
 
 
 def _doctor(args: argparse.Namespace, config: Config) -> None:
@@ -631,6 +638,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", metavar="FOLDER", help="of the run: its config.json and benchmarks are told of")
     sub.add_argument("--graph", metavar="FILE", help="the run's jobs, by `snakemake --dag dot`")
     sub.add_argument("--left-out", nargs="*", default=[], metavar="TEXT", help="what was not measured, and why")
+    text = "show the scores of several runs side by side, and the settings in which the runs differ"
+    sub = commands.add_parser("compare", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    runs_help = "two or more: folders of results, as results/scenes, or their names below results, in this order"
+    sub.add_argument("run_folders", nargs="+", metavar="RUN", help=runs_help)
+    output_help = "folder of index.html, the page, and scores.csv (default: %(default)s, in the current folder)"
+    sub.add_argument("--output", default="compare", metavar="FOLDER", help=output_help)
+    sub.set_defaults(run=_compare, settings="{}", threads=os.cpu_count())
 
     def of_a_run(name: str, run: Callable[[argparse.Namespace, Config], None], text: str) -> argparse.ArgumentParser:
         """A command about a whole run, whose settings lie in its folder."""
@@ -686,7 +700,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError where an output cannot be written: it would show after the work, which may take days."""
-    of_folder = args.command in ("scenes", "pretrain", "attention", "fetch")
+    of_folder = args.command in ("scenes", "pretrain", "attention", "fetch", "compare")
     names = ["output", "predictions", "plot", *(["rejected"] if args.command == "manifest" else [])]
     for output in filter(None, (getattr(args, name, None) for name in names)):
         if of_folder and os.path.lexists(output) and not os.path.isdir(output):
@@ -694,7 +708,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if not of_folder and os.path.isdir(output):
             raise InputError(f"{output}: is a folder, but a file is to be made there; name a file.")
         # The folders that are replaced as a whole need their parent, as files do.
-        within = args.command in ("pretrain", "fetch")
+        within = args.command in ("pretrain", "fetch", "compare")
         place = Path(output).absolute() if within else Path(output).absolute().parent
         near = next(path for path in (place, *place.parents) if os.path.lexists(path))
         if not near.is_dir():

@@ -507,7 +507,7 @@ def test_help_names_settings_and_output(name, capsys):
 def test_help_and_bad_settings_load_nothing_heavy():
     """Else each takes seconds."""
     heavy = {"torch", "torchvision", "faiss", "cv2", "snakemake", "sklearn", "pycocotools", "matplotlib", "scipy"}
-    lines = [*([*name.split(), "--help"] for name in [*NAMES, "evaluate"]), ["--help"], ["--version"]]
+    lines = [*([*name.split(), "--help"] for name in [*NAMES, "evaluate", "compare"]), ["--help"], ["--version"]]
     lines.append(["scenes", "--settings", "{", "--output", "x"])
     code = f"""
 import sys

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,11 @@ def report(
         return load(root, manifest, row, exif)
 
     took = run.costs(Path(results, "benchmarks")) if results else []
-    scores = tasks(scores_paths)
+    scores = tasks({"": scores_paths})
     recalls = _recalls(recalls_paths)
     precisions = _precisions(pairs_paths)
     context = {
         "run_name": run_name,
-        "version": __version__,
         "tag": figures.TAG,
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
@@ -155,16 +154,25 @@ def report(
         "histograms": [],
         **(_discovery(*stage2_paths, manifest_path, manifest, photo) if stage2_paths else {}),
     }
-    template, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context |= {"script": script, "script_hash": f"sha256-{digest}"}  # the browser runs this script alone
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
+    artifacts.write_text(output, render("page.html", context))
     for task in scores:
         print("\n".join(task.lines))
     print(f"page: {output}")
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of this folder's templates; all that `context` names is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context, version=__version__) + "\n"
 
 
 def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, str]]:

@@ -40,6 +40,7 @@ class Page(HTMLParser):
         self.bold: list[str] = []
         self.changes: list[str] = []  # against stage 1
         self.in_change = False
+        self.in_run = False  # beside a model's name
         self.text = ""
         self.labels: list[str] = []
         self.tags: list[str] = []
@@ -61,6 +62,9 @@ class Page(HTMLParser):
             self.pairs.append((given["data-kind"], given["data-similarity"], ""))
         if given.get("class") == "drawing":
             self.pairs[-1] = (*self.pairs[-1][:2], given["aria-label"])
+        if given.get("class") == "run":
+            self.in_run = True
+            self.rows[-1][-1] += " ("
         self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
         if tag == "img":
             assert given["alt"]
@@ -84,6 +88,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open.pop() == tag
+        if tag == "span" and self.in_run:
+            self.in_run = False
+            self.rows[-1][-1] += ")"
 
     def handle_data(self, data: str) -> None:
         if "script" in self.open:
@@ -693,7 +700,7 @@ SEMI, KNN = semi("m", {"0.01": 1.0}), knn("m", {"20": 1.0})
 def test_damaged_results_are_named(tmp_path: Path, value: dict) -> None:
     artifacts.write_json(tmp_path / "score.json", value)
     with pytest.raises(InputError, match=r"score.json: is no result of `orl evaluate \w+` \(.+\); evaluate again.$"):
-        tasks([str(tmp_path / "score.json")])
+        tasks({"": [str(tmp_path / "score.json")]})
 
 
 def test_models_are_compared_with_the_first_orl_where_none_is_plain(tmp_path: Path) -> None:
