@@ -214,6 +214,17 @@ def photos(wildcards, input):
     return content(file, os.stat(file).st_mtime_ns) if file else ""
 
 
+def shown(file, caption, category, patterns=(), **labels):
+    """An output that `snakemake --report` shows; the caption is a file of workflow/report."""
+    return report(
+        file,
+        caption=f"../report/{caption}.rst",
+        category=category,
+        labels=labels,
+        patterns=list(patterns),
+    )
+
+
 def trained(file):
     """A file of every model that is trained to be evaluated."""
     return where(PLACES.trained(), file)
