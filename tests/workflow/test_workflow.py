@@ -222,6 +222,26 @@ def test_snakemakes_report_explains_every_kind_of_result(copy):
     assert "of <tt" in captions["downstream/orl/knn.objects.json"]
 
 
+def test_people_are_told_what_a_run_is_made_of_and_last_of_all_what_came_out(copy):
+    done = snakemake(copy, changed(repeats=2, variants={"b": {"stage1": {"method": "moco"}}}), "--dry-run")
+    assert done.stderr.splitlines() == [
+        "orl: run tiny: 24 generated scenes",
+        "orl: trained (8): stage1 (byol, 2 epochs), stage1-b (moco, 2 epochs), orl (2 epochs), orl-b (2 epochs)",
+        "orl: measured (12): random, stage1, orl, random-b, stage1-b, orl-b",
+        "orl: by the tasks: voc07_svm",
+        "orl: left out by downstream.tasks: voc07_lowshot, linear, semi, knn, detection, segmentation, localization, "
+        "attention",
+        "orl: results in results/tiny, the page in results/tiny/report/index.html",
+    ]
+    done = snakemake(copy, TINY, "--forcerun", "report")
+    assert done.returncode == 0, done.stderr
+    *scores, page = (copy / "results/tiny/logs/report.log").read_text().splitlines()
+    assert page == "page: results/tiny/report/index.html"
+    assert [line.split()[3] for line in scores] == ["random:", "stage1:", "orl:"]
+    assert done.stdout.splitlines() == 2 * [*scores, page]  # by the command, and below Snakemake's last words
+    assert "page:" not in snakemake(copy, TINY, "--forcerun", "manifest", "--until", "manifest").stdout
+
+
 # Jobs after other pairs, and of another seed
 SVM, TWO = {"features": 1, "voc07_svm": 1}, {"features": 2, "voc07_svm": 2}
 DISCOVERY = {"correspond": 2, "merge": 1, "pair_precision": 1, "stage3": 1, **SVM, "report": 1}
