@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -171,6 +172,74 @@ def test_the_page_stands_alone(finished):
     page.feed((finished / "results" / "tiny" / "report" / "index.html").read_text())
     assert page.loaded
     assert all(value.startswith(("data:", "#")) for value in page.loaded)
+
+
+def reported(folder, config):
+    """What `snakemake --report` shows: file -> caption, the categories, and the files of the archive by name."""
+    done = snakemake(folder, config, "--report", "report.zip")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(folder / "report.zip") as archive:
+        files = {Path(name).name: archive.read(name) for name in archive.namelist()}
+    found = {}
+    for name in ("results", "categories"):
+        (line,) = re.findall(rf"^ *var {name} = (\{{.+\}})", files["report.html"].decode(), re.MULTILINE)
+        found[name] = json.loads(line)
+    captions = {path.removeprefix("results/tiny/"): one["caption"] for path, one in found["results"].items()}
+    return captions, set(found["categories"]), files
+
+
+def test_snakemakes_report_explains_every_kind_of_result(copy):
+    """Of a finished run; then of all tasks, whose files need not be real."""
+    captions, categories, files = reported(copy, TINY)
+    assert categories == {"Page of the run", "Trainings", "Scores of the models", "Regions and pairs (stage 2)"}
+    assert files["index.html"] == (copy / "results/tiny/report/index.html").read_bytes()
+    assert "Stage 3" in files["report.html"].decode()
+
+    every = changed(downstream={"tasks": ["all"]})
+    done = snakemake(copy, every, "--dry-run")
+    for names in re.findall(r"^    output: (.+)$", done.stdout + done.stderr, re.MULTILINE):
+        for path in (copy / name for name in names.split(", ")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.name == "attention":
+                path.mkdir()
+                path /= "contact_sheet.png"
+            if not path.exists():
+                path.write_text("{}")
+    captions, categories, _ = reported(copy, every)
+    assert set(captions) == {
+        "report/index.html",
+        "attention/contact_sheet.png",
+        *(f"models/{model}/metrics.csv" for model in ("stage1", "orl")),
+        *(f"downstream/{name}.json" for name in ("proposals", "pairs", "localization")),
+        *(f"downstream/{model}/{task}.json" for model in ("random", "stage1", "orl") for task in (
+            "voc07_svm", "voc07_lowshot", "knn.objects", "linear.objects", "semi.objects", "detection", "segmentation",
+            "localization")),
+    }  # fmt: skip
+    assert "Other" not in categories
+    assert all("system-message" not in caption and len(caption) > 100 for caption in captions.values())
+    told = PROJECT / "workflow" / "report"
+    assert len(set(captions.values())) >= len([one for one in told.glob("*.rst") if one.stem != "workflow"])
+    assert "of <tt" in captions["downstream/orl/knn.objects.json"]
+
+
+def test_people_are_told_what_a_run_is_made_of_and_last_of_all_what_came_out(copy):
+    done = snakemake(copy, changed(repeats=2, variants={"b": {"stage1": {"method": "moco"}}}), "--dry-run")
+    assert done.stderr.splitlines() == [
+        "orl: run tiny: 24 generated scenes",
+        "orl: trained (8): stage1 (byol, 2 epochs), stage1-b (moco, 2 epochs), orl (2 epochs), orl-b (2 epochs)",
+        "orl: measured (12): random, stage1, orl, random-b, stage1-b, orl-b",
+        "orl: by the tasks: voc07_svm",
+        "orl: left out by downstream.tasks: voc07_lowshot, linear, semi, knn, detection, segmentation, localization, "
+        "attention",
+        "orl: results in results/tiny, the page in results/tiny/report/index.html",
+    ]
+    done = snakemake(copy, TINY, "--forcerun", "report")
+    assert done.returncode == 0, done.stderr
+    *scores, page = (copy / "results/tiny/logs/report.log").read_text().splitlines()
+    assert page == "page: results/tiny/report/index.html"
+    assert [line.split()[3] for line in scores] == ["random:", "stage1:", "orl:"]
+    assert done.stdout.splitlines() == 2 * [*scores, page]  # by the command, and below Snakemake's last words
+    assert "page:" not in snakemake(copy, TINY, "--forcerun", "manifest", "--until", "manifest").stdout
 
 
 # Jobs after other pairs, and of another seed

@@ -35,7 +35,7 @@ rule report:
         recalls=measured("proposals_recall"),
         pairs=measured("pair_precision"),
     output:
-        f"{RESULTS}/report/index.html",
+        shown(f"{RESULTS}/report/index.html", "page", "Page of the run", run=RUN.name),
     log:
         f"{RESULTS}/logs/report.log",
     resources:
