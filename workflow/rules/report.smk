@@ -45,7 +45,7 @@ rule report:
         version=settings.RESULT_VERSION["report"],
         name=RUN.name,
         root=lambda _: ROOT,
-        results=RESULTS,
+        results=lambda _: RESULTS,
         left_out=LEFT_OUT,
         stage2=lambda _, input: [
             part for name in STAGE2 for part in (f"--{name}", input[name])
