@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 import networkx as nx
 
@@ -57,21 +56,12 @@ def settings(path: Path) -> list[tuple[str, str, str]]:
         given = config.parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # an InputError is one
         raise InputError(f"{path}: is no config of a run ({error}); start the run again.") from None
-    ours, theirs = (_flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
+    ours, theirs = (config.flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
     return [
         (key, json.dumps(value, ensure_ascii=False), json.dumps(theirs[key]) if key in theirs else "–")
         for key, value in ours.items()
         if key != "name" and (key not in theirs or theirs[key] != value)
     ]
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by their keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inside = isinstance(value, dict) and value
-        found.update(_flat(value, f"{above}{key}.") if inside else {f"{above}{key}": value})
-    return found
 
 
 def costs(folder: Path) -> list[Cost]:
