@@ -20,7 +20,7 @@ rule graph:
         + exports(),
     shell:
         "snakemake --snakefile {params.snakefile:q} --configfile {params.config:q} --profile none "
-        "--workflow-profile none --nolock --dag dot > {output:q} 2> {log:q}"
+        "--workflow-profile none --nolock --forceall --dag dot > {output:q} 2> {log:q}"
 
 
 rule report:
