@@ -317,7 +317,7 @@ def test_help_tells_of_runs_and_outputs(capsys: pytest.CaptureFixture) -> None:
     assert "orl compare [-h] [--output FOLDER] RUN [RUN ...]" in found
     assert "names below results" in found
     assert "index.html, the page, and scores.csv (default: compare, in the current folder)" in found
-    assert "`compare RUN RUN` shows their scores side by side" in found
+    assert "compare RUN RUN show the scores of several runs side by side" in found
 
 
 def test_nothing_is_written_into_the_runs(runs: Runs) -> None:
