@@ -8,13 +8,12 @@ import shutil
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from test_workflow import PROJECT, TINY
 
-PROJECT = Path(__file__).parents[2]
 RULES = "\n\n\n".join(path.read_text() for path in sorted((PROJECT / "workflow" / "rules").glob("*.smk")))
 ODD = "-it's `touch pwned` $(touch pwned); \"é & *?#~\\ |<!%"
 SMALL = {"resize": 36, "size": 32, "epochs": 1, "milestones": [], "batch": 4}
@@ -98,11 +97,7 @@ def test_every_rule_takes_odd_names_and_lets_nobody_write(tmp_path):
         "stage1": {"weights": weights, "network": {"backbone": "resnet10", "hidden": 16, "projection": 8},
                    "views": {"size": 32, "blur_radius": [0.1, 0.5]},
                    "optimizer": {"batch": 8, "epochs": 1, "lr": 1.0, "warmup_epochs": 0}},
-        "embeddings": {"resize": 40, "crop": 32},
-        "proposals": {"min_size": 32, "top_n": 5},
-        "neighbors": {"k": 3},
-        "rois": {"size": 32},
-        "stage3": {"patch": 24},
+        **{stage: TINY[stage] for stage in ("embeddings", "proposals", "neighbors", "rois", "stage3")},
         "downstream": {
             "voc07_svm": {"root": f"{root}/VOCdevkit/VOC2007", "resize": 36, "size": 32, "stages": [5], "costs": [1]},
             "voc07_lowshot": {"shots": [1], "samples": 1, "costs": [1], "lists": f"{root}/{ODD}"},
