@@ -6,11 +6,15 @@ if (
     configfile: "config/config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/discovery.smk"
 include: "workflow/rules/downstream.smk"
+include: "workflow/rules/plan.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -16,11 +16,61 @@ from typing import Any
 from orl import InputError, NoRoomError, __version__, gpus
 from orl.config import EXPORTS, Config, load, used
 
-EPILOG = """The chain: scenes (or your photos) -> manifest -> pretrain --stage stage1 -> embed, propose -> neighbors,
-rois -> correspond -> pretrain --stage stage3 -> evaluate, attention -> report. `snakemake --cores all` runs it all.
-`evaluate` has several tasks, some of which start from a model's `features`; `export` writes a backbone for others.
-Large sets: embed, propose, rois and correspond --shard 1/8 ..., and merge. Before a long run: `doctor`. Of a whole run:
-`doctor RUN` tells what is stale or damaged, and what mends it; `clean RUN` removes what can be made again."""
+GUIDE = """Object-level representation learning from scene photos: unlabelled photos in, a pre-trained backbone and its
+scores out. A whole run is one `snakemake`, in the folder of the Snakefile; each of its steps is a command here.
+
+To begin with:
+  orl doctor                          is this machine ready?
+  snakemake --cores all -n            what a run on generated scenes would do (without -n: do it, five minutes)
+  snakemake --cores all --configfile config/folder.yaml --config "data={root: PHOTOS}" name=mine
+                                      a run on your photos, with the paper's settings
+  orl doctor --configfile config/folder.yaml --config "data={root: PHOTOS}"
+                                      how long it would take, and whether disk and memory suffice
+
+With what a run has made, as results/mine:
+  doctor RUN   check every file: what is damaged or stale, and the command that mends it
+  clean RUN    remove large files that can be made again, after showing them
+  compare RUN RUN   show the scores of several runs side by side
+  attention    draw what models look at
+  export       write a backbone for torchvision, timm, Detectron2 or MMDetection
+
+The chain, step by step:
+  scenes       draw the embedded scenes, or take your own photos
+  fetch        download VOC2007 or COCO
+  manifest     list the photos, each decoded once
+  pretrain     --stage stage1: train on whole photos
+  embed        embed every photo by stage 1
+  propose      find boxes that may hold an object, by selective search
+  neighbors    find the most similar photos of each photo
+  rois         embed every box
+  correspond   pair the boxes of each photo with those of its neighbours
+  pretrain     --stage stage3: train on whole photos, boxes and pairs
+  merge        join the shards of embed, propose or correspond (--shard 1/8 ..., for large sets)
+  features     compute a backbone's features of labelled photos, from which the SVMs and k-NN start
+  subset       choose a share of the labels, for semi_run
+  evaluate     measure how good a backbone, the boxes or the pairs are: `orl evaluate --help` lists the tasks
+  report       make the page that shows what the run did
+
+`orl COMMAND --help` tells what a command needs."""
+# What to type after a command, where that is not obvious
+NEXT = {
+    "scenes": "orl manifest",
+    "manifest": "orl pretrain --stage stage1",
+    "pretrain --stage stage1": "orl embed and orl propose",
+    "pretrain --stage stage3": "orl features, then orl evaluate",
+    "pretrain --stage random": "orl features, then orl evaluate",
+    "pretrain --stage supervised": "orl features, then orl evaluate",
+    "embed": "orl neighbors",
+    "propose": "orl rois",
+    "neighbors": "orl correspond",
+    "rois": "orl correspond",
+    "correspond": "orl pretrain --stage stage3",
+    "features": "orl evaluate voc07_svm",
+    "features --set": "orl evaluate knn",
+    "subset": "orl evaluate semi_run",
+    "evaluate semi_run": "orl evaluate semi",
+    "--shard": "orl merge, once all shards are there",
+}
 
 MANIFEST = ("--manifest", "FILE", "manifest.csv, made by `orl manifest`")
 ROOT = ("--root", "FOLDER", "folder of the photos, to which the manifest's paths are relative")
@@ -299,7 +349,16 @@ def _report(args: argparse.Namespace, config: Config) -> None:
         _stage2(args),
         config.data.exif,
         args.output,
+        args.results,
+        args.graph,
+        args.left_out,
     )
+
+
+def _compare(args: argparse.Namespace, config: Config) -> None:
+    from orl.report.compare import compare
+
+    compare(args.run_folders, args.output)
 
 
 def _doctor(args: argparse.Namespace, config: Config) -> None:
@@ -346,11 +405,13 @@ def _given(args: argparse.Namespace, name: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    whole = argparse.ArgumentParser(
-        prog="orl", description="Object-level representation learning from scene photos.", epilog=EPILOG
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(prog="orl", description=GUIDE, formatter_class=formatter)
     whole.add_argument("--version", action="version", version=f"orl {__version__}")
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = whole.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="orl", help=argparse.SUPPRESS
+    )  # the guide lists them
+    whole.usage = "orl COMMAND ...   (orl --help: which, and what to type first)"
 
     def uses_gpu(sub: argparse.ArgumentParser, most: str) -> None:
         sub.add_argument(
@@ -625,6 +686,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recalls", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate proposals`")
     sub.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="results of `orl evaluate pairs`")
     sub.add_argument("--attention", nargs="*", default=[], metavar="FOLDER", help="made by `orl attention`")
+    sub.add_argument("--results", metavar="FOLDER", help="of the run: its config.json and benchmarks are told of")
+    sub.add_argument("--graph", metavar="FILE", help="the run's jobs, by `snakemake --dag dot`")
+    sub.add_argument("--left-out", nargs="*", default=[], metavar="TEXT", help="what was not measured, and why")
+    text = "show the scores of several runs side by side, and the settings in which the runs differ"
+    sub = commands.add_parser("compare", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    runs_help = "two or more: folders of results, as results/scenes, or their names below results, in this order"
+    sub.add_argument("run_folders", nargs="+", metavar="RUN", help=runs_help)
+    output_help = "folder of index.html, the page, and scores.csv (default: %(default)s, in the current folder)"
+    sub.add_argument("--output", default="compare", metavar="FOLDER", help=output_help)
+    sub.set_defaults(run=_compare, settings="{}", threads=os.cpu_count())
 
     def of_a_run(name: str, run: Callable[[argparse.Namespace, Config], None], text: str) -> argparse.ArgumentParser:
         """A command about a whole run, whose settings lie in its folder."""
@@ -678,9 +749,23 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _say_next(args: argparse.Namespace) -> None:
+    """Where the output is, and what to type next: on a terminal, since the workflow goes on by itself."""
+    given = vars(args)
+    if not (given.get("output") and sys.stderr.isatty()) or os.environ.get("RANK", "0") != "0":
+        return
+    if args.command in ("report", "export", "compare"):  # which say it
+        return
+    command = f"{args.command} {args.task}" if "task" in given else args.command
+    kind = f" --stage {args.stage}" if "stage" in given else " --set" if command == "features" and args.set else ""
+    sharded = given.get("shard") and command != "rois"
+    follows = NEXT.get("--shard" if sharded else command + kind)
+    print(f"orl {command}: wrote {args.output}" + (f"; next: {follows}" if follows else ""), file=sys.stderr)
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError where an output cannot be written: it would show after the work, which may take days."""
-    of_folder = args.command in ("scenes", "pretrain", "attention", "fetch")
+    of_folder = args.command in ("scenes", "pretrain", "attention", "fetch", "compare")
     names = ["output", "predictions", "plot", *(["rejected"] if args.command == "manifest" else [])]
     for output in filter(None, (getattr(args, name, None) for name in names)):
         if of_folder and os.path.lexists(output) and not os.path.isdir(output):
@@ -688,7 +773,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if not of_folder and os.path.isdir(output):
             raise InputError(f"{output}: is a folder, but a file is to be made there; name a file.")
         # The folders that are replaced as a whole need their parent, as files do.
-        within = args.command in ("pretrain", "fetch")
+        within = args.command in ("pretrain", "fetch", "compare")
         place = Path(output).absolute() if within else Path(output).absolute().parent
         near = next(path for path in (place, *place.parents) if os.path.lexists(path))
         if not near.is_dir():
@@ -711,6 +796,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load(args.settings)
         _check_outputs(args)
         args.run(args, config)
+        _say_next(args)
     except (InputError, OSError) as error:
         # A worker process's error arrives with its traceback in the message; the sentence is the last line.
         sentence = re.sub(r"^orl\.[\w.]*Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -504,10 +505,51 @@ def test_help_names_settings_and_output(name, capsys):
     assert "--output" in found
 
 
+def test_the_guide_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    named = set(re.findall(r"^  (\w+)(?: RUN)*  +\S", capsys.readouterr().out, re.MULTILINE))
+    (commands,) = [action for action in cli.parser()._actions if action.dest == "command"]
+    assert named - {"orl", "snakemake"} == set(commands.choices)
+
+
+def test_what_is_said_to_follow_a_command_exists(capsys):
+    told = re.findall(r"orl (evaluate \w+|\w+)", "; ".join(cli.NEXT.values()))
+    for line in {*told, *(key.partition(" --")[0] for key in cli.NEXT if key != "--shard")}:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*line.split(), "--help"])
+        assert end.value.code == 0, line
+
+
+def test_on_a_terminal_a_command_says_where_its_output_is_and_what_follows(settings, inputs, tmp_path, capsys):
+    shown = {
+        "scenes": "orl manifest",
+        "manifest": "orl pretrain --stage stage1",
+        "pretrain --stage random": "orl features, then orl evaluate",
+        "features": "orl evaluate voc07_svm",
+        "features --set toy": "orl evaluate knn",
+        "propose": "orl rois",
+        "propose --shard 1/2": "orl merge, once all shards are there",
+        "evaluate proposals": None,
+    }
+    for number, (command, follows) in enumerate(shown.items()):
+        output = tmp_path / f"{number}"
+        plain = command.partition(" --shard")[0]
+        line = [*argv(plain, settings, inputs, output), *command.removeprefix(plain).split()]
+        assert run(*line, capsys=capsys)[0] == 0
+        assert not [one for one in run(*line, capsys=capsys)[1] if "wrote" in one]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(sys.stderr), "isatty", lambda _: True)
+            status, lines = run(*line, capsys=capsys)
+        name = command.partition(" --")[0]
+        assert status == 0
+        assert lines[-1] == f"orl {name}: wrote {output}" + (f"; next: {follows}" if follows else "")
+
+
 def test_help_and_bad_settings_load_nothing_heavy():
     """Else each takes seconds."""
     heavy = {"torch", "torchvision", "faiss", "cv2", "snakemake", "sklearn", "pycocotools", "matplotlib", "scipy"}
-    lines = [*([*name.split(), "--help"] for name in [*NAMES, "evaluate"]), ["--help"], ["--version"]]
+    lines = [*([*name.split(), "--help"] for name in [*NAMES, "evaluate", "compare"]), ["--help"], ["--version"]]
     lines.append(["scenes", "--settings", "{", "--output", "x"])
     code = f"""
 import sys

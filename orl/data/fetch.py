@@ -138,6 +138,7 @@ def _fetch(archive: Archive, root: Path, url: str) -> None:
         try:
             if not archive.is_in(root):
                 _download(url, file, note, archive.growth)
+                print(f"{archive.name}: comparing its checksum", file=sys.stderr, flush=True)
                 if not _is(file, archive.checksum):
                     file.truncate(0)
                     raise InputError(f"{url}: what arrived was deleted, for its checksum is not {archive.checksum}; "

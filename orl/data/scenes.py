@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from orl import InputError, artifacts
 from orl.config import Scenes
+from orl.progress import track
 from orl.workers import ordered
 
 Floats = NDArray[np.float32]
@@ -385,7 +386,7 @@ def _write_all(root: Path, settings: dict[str, Any], workers: int) -> dict[str, 
     counts = {split: settings[split] * (len(CLASSES) if "objects" in split else 1) for split in SPLITS}
     tasks = [(split, index) for split in SPLITS for index in range(counts[split])]
     write = partial(_write_picture, root, settings)
-    written = list(ordered(write, tasks, workers, chunk=8))
+    written = list(track(ordered(write, tasks, workers, chunk=8), len(tasks), "drawing"))
     for split in ("train", "val"):
         rows = [row for (of, _), row in zip(tasks, written, strict=True) if of == split]
         _write_lists(root, split, rows)

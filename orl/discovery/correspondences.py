@@ -109,7 +109,7 @@ def correspond(
     named = (("neighbors", neighbors_path), ("proposals", proposals_path), ("rois", rois_paths[0]))
     inputs = {name: artifacts.fingerprint(path) for name, path in named}
     tiles = artifacts.tile(rois_paths)
-    for path, rows in tiles:
+    for path, rows in track(tiles, len(tiles), "checking RoI features, files"):
         artifacts.check_input(path, "proposals", inputs["proposals"])
         own = len(found.box) if len(tiles) == 1 else int(offsets[rows.stop] - offsets[rows.start])
         artifacts.check_rows(path, len(artifacts.read_rois(path).feature), own, proposals_path)

@@ -86,7 +86,7 @@ def search(
             print(f"{index} finds fewer than {k} for {len(short)} photos: searching those exactly", file=sys.stderr)
             _, more = fill(exact, short, "Flat")
             tied = np.concatenate([tied, more])
-    if wanted < len(pool):
+    if wanted < len(pool) and len(tied):
         _settle(neighbor, similarity, embedding, rows, tied, pool)
     return neighbor, similarity
 
@@ -268,7 +268,7 @@ def _settle(
 ) -> None:
     """Search all of the pool for the rows with open ties, as a rule copies of a photo: equal rows are searched once."""
     k = neighbor.shape[1]
-    for start in range(0, len(tied), BATCH):
+    for start in track(range(0, len(tied), BATCH), -(-len(tied) // BATCH), "settling ties, batches"):
         copies: dict[bytes, list[int]] = {}
         for place in tied[start : start + BATCH]:
             copies.setdefault(embedding[rows[place]].tobytes(), []).append(place)

@@ -48,7 +48,7 @@ class Chain:
             held = json.loads(Path(results, "variants.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             held = {}
-        self.results, self.config_files = results, files
+        self.results, self.raw, self.config_files = results, raw, files
         self.places = Places(config.runs(raw), results, held)
         self._fingerprints: dict[str, str | None] = {}
 

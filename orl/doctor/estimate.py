@@ -17,6 +17,7 @@ from orl import InputError, artifacts
 from orl.doctor import machine
 from orl.doctor.jobs import Job, Plan, planned, span
 from orl.doctor.machine import apart, counted, size
+from orl.progress import track
 
 # Seconds that each measurement gets of every 60; a rule that is not here takes as long as it takes to start.
 WEIGHTS = {
@@ -53,7 +54,8 @@ class Estimate:
         self.starts = apart(_starts)
         self._photos()
         left = {key: job for key, job in first.items() if job.rule in WEIGHTS and key not in self.costs}
-        for key in sorted(left, key=lambda key: left[key].rule != "propose"):  # whose boxes others need
+        first_boxes = sorted(left, key=lambda key: left[key].rule != "propose")  # which others need
+        for key in track(first_boxes, len(left), f"measuring for about {seconds:.0f} s, stages"):
             self.costs[key] = self.measure(key, left[key])
 
     def model(self, job: Job) -> str:

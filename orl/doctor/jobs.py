@@ -49,7 +49,9 @@ def planned(configfiles: Sequence[str], settings: Sequence[str], cores: int) -> 
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         ours = [line.removeprefix("orl: ") for line in lines if line.startswith("orl: ")]
-        raise InputError((ours or lines or ["snakemake --dry-run fails"])[-1])
+        others = [line for line in lines if not line.startswith("orl: ")]
+        stopped = done.returncode == 2 and ours  # else ours only tell what the run is made of
+        raise InputError((ours if stopped else others or ["snakemake --dry-run fails"])[-1])
     jobs, grammar = [], parser()
     for rule, lines, shell in JOB.findall(done.stdout + done.stderr):
         told = dict(re.findall(r"^    (input|output|threads): (.*)$", lines, re.MULTILINE))

@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,9 @@ class _Run(Run):
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean of all
             with Loader(self.samples, batches, self.workers, self.on_gpu) as found:
-                for step, batch in zip(range(first, first + more), found, strict=False):
+                steps: Iterable[int] = range(first, first + more)
+                steps = track(steps, more, "batch statistics") if self.rank == 0 else steps
+                for step, batch in zip(steps, found, strict=False):
                     self.losses([batch], step)
                     if any(self.any_process(self.asked_to_stop)):
                         self.stop()  # the training is saved; this is done again
@@ -383,6 +386,7 @@ def evaluate(
             _write_predictions(kept.path.parent, run.size, predictions_output)
     if run.rank:
         return
+    print(f"{TASK}: measuring average precision", file=sys.stderr, flush=True)
     found = average_precision.evaluate(test.file, predictions_output, faster)
     metrics = {
         **{key: found[key] for key in ("box", "mask", "categories", "detections")},

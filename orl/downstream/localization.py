@@ -47,7 +47,8 @@ def measures(boxes: Sequence[np.ndarray], objects: Sequence[np.ndarray], numbers
     first box finds an object (Deselaers et al., 2010); `detection_rate`, the objects that one of the first n boxes
     finds, for each n of `numbers`.
     """
-    found = [ranks(here, kept, (IOU,))[:, 0] for kept, here in zip(boxes, objects, strict=True)]
+    photos = track(zip(boxes, objects, strict=True), len(boxes), "measuring boxes, photos")
+    found = [ranks(here, kept, (IOU,))[:, 0] for kept, here in photos]
     every = np.concatenate(found)
     return {
         "corloc": 100 * float(np.mean([one.min() == 1 for one in found])),

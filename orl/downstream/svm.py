@@ -323,6 +323,7 @@ def evaluate(
         print(f"{TASK}: {len(left_out)} of {len(train.classes)} classes left out: {listing}", file=sys.stderr)
     stages = {}
     for stage in section.stages:
+        print(f"{TASK}: stage {stage}: {len(train)} training photos", file=sys.stderr, flush=True)
         stages[str(stage)] = metrics = fit_classes(
             found.train[stage], train, found.test[stage], test, section.costs, section.folds, workers
         )

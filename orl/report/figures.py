@@ -5,6 +5,7 @@ Charts hold no text but numbers and fixed words: names stand in HTML legends, wh
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,17 @@ def photo(image: Photo, side: int, alt: str) -> Picture:
     return Picture(_uri("image/jpeg", buffer.getvalue()), *size, alt)
 
 
-def png(data: bytes, alt: str) -> Picture:
-    """A PNG as it is. Raises ValueError if it is none, or is damaged."""
+def png(data: bytes, alt: str, most: int) -> Picture:
+    """A PNG as it is; one of more than `most` bytes as a JPEG of no more pixels than that, which takes fewer.
+
+    Raises ValueError if it is no PNG, or is damaged.
+    """
     if not data.startswith(b"\x89PNG"):
         raise ValueError("no PNG")
-    height, width, _ = decode(data).shape  # its InputError, of any damage, is a ValueError
+    image = decode(data)  # its InputError, of any damage, is a ValueError
+    height, width, _ = image.shape
+    if len(data) > most:
+        return photo(image, int(max(height, width) * min(1.0, math.sqrt(most / (height * width)))), alt)
     return Picture(_uri("image/png", data), width, height, alt)
 
 
@@ -180,7 +187,7 @@ def lines(
             axes.set_xticks(list(ticks), labels=list(ticks.values()))
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
     return _chart(draw, alt)
 

@@ -1,13 +1,14 @@
 """The report: one self-contained HTML page that shows what a run did and how good its models are.
 
-Photos are shown reduced and in bounded numbers, so that the page of any run stays below 5 MB, attention maps aside:
-these are embedded as they are, of a few photos.
+Photos are shown reduced and in bounded numbers, so that the page of any run stays below 15 MB.
 """
 
+import base64
 import csv
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ import numpy as np
 from orl import InputError, __version__, artifacts
 from orl.data import decode
 from orl.data.manifest import load
-from orl.report import figures
+from orl.report import figures, run
 from orl.report.figures import Chart, Drawing, Line, Picture, Style, line_chart
 from orl.report.repeats import by_arm, mean
 from orl.report.scores import given_once, rank, result_of, tasks
 
 SEED = 0  # of what is sampled to be shown
 QUERIES, NEIGHBORS = 8, 5  # of the gallery
-RANDOM_PAIRS, EXTREME_PAIRS = 6, 3  # photo pairs that are drawn: of random queries; most and least similar
+RANDOM_PAIRS, EXTREME_PAIRS = 20, 10  # photo pairs that are drawn: of random queries; most and least similar
 MATCHES = 3  # RoI pairs drawn on a photo pair
 SIDE, SMALL_SIDE = 240, 160  # long side of a photo, pixels: drawn pairs, gallery
 REJECTED = 20  # rejected files named
 SAMPLE = 5_000  # photos whose pair similarities are looked at
 MAPS = 8  # photos whose attention maps are shown, of each folder
+SHEET_BYTES, MAP_BYTES = 2_000_000, 400_000  # of attention maps at most, all on one sheet and those of one photo
 CHARTS = 12  # at most: of losses, one per model; of pairs' precision
 METRICS_COLUMNS = ("epoch", "loss", "feature_std", "lr")
 
@@ -72,8 +74,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Pair:
-    """A photo and a neighbour of it, with the RoI pairs drawn on them."""
+    """A photo and a neighbour of it, with the RoI pairs drawn on them; `similarity`: of the most similar of these."""
 
+    kind: str
+    similarity: float
     caption: str
     drawing: Drawing
 
@@ -102,9 +106,14 @@ def report(
     stage2_paths: tuple[str, str, str] | None,
     exif: decode.Exif,
     output: str,
+    results: str | None = None,
+    graph_path: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Write the page of a run.
 
+    `results`: the run's folder, of whose config.json and benchmarks the page tells; `graph_path`: its jobs, by
+    `snakemake --dag dot`; `left_out`: sentences on what was not measured.
     `attention_paths`: folders made by `orl attention`. `stage2_paths`: the run's neighbors, proposals and
     correspondences; None: the page shows none of them.
     A model's curves go by the name of the folder that holds its metrics.csv. Same inputs, same bytes.
@@ -116,16 +125,22 @@ def report(
     def photo(row: int) -> decode.Photo:
         return load(root, manifest, row, exif)
 
-    scores = tasks(scores_paths)
+    took = run.costs(Path(results, "benchmarks")) if results else []
+    scores = tasks({"": scores_paths})
     recalls = _recalls(recalls_paths)
     precisions = _precisions(pairs_paths)
     context = {
         "run_name": run_name,
-        "version": __version__,
         "tag": figures.TAG,
         "photos": len(manifest),
         "rejected": [(row["path"], row["reason"]) for row in rejected[:REJECTED]],
         "rejected_count": len(rejected),
+        "settings": run.settings(Path(results, "config.json")) if results else [],
+        "costs": took,
+        "machine": run.described(),
+        "graph": run.graph(Path(graph_path), took) if graph_path else None,
+        "rule_box": run.BOX,
+        "left_out": left_out,
         "tasks": scores,
         "curves": _curves(metrics_paths),
         "attention": [_attention(path) for path in attention_paths],
@@ -135,18 +150,29 @@ def report(
         "precision_charts": [one.chart for one in precisions[:CHARTS]],
         "index_recall": None,
         "queries": [],
-        "pair_groups": [],
+        "pairs": [],
         "histograms": [],
         **(_discovery(*stage2_paths, manifest_path, manifest, photo) if stage2_paths else {}),
     }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    artifacts.write_text(output, environment.from_string(template).render(context) + "\n")
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    context |= {"script": script, "script_hash": f"sha256-{digest}"}  # the browser runs this script alone
+    artifacts.write_text(output, render("page.html", context))
     for task in scores:
         print("\n".join(task.lines))
     print(f"page: {output}")
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of this folder's templates; all that `context` names is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context, version=__version__) + "\n"
 
 
 def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, str]]:
@@ -197,7 +223,30 @@ def _curves(paths: Sequence[str]) -> list[Chart]:
         last = "; ".join(f"{line.name} {line.y[-1]:.2g}" for line in lines)
         alt = f"{title} by epoch; in the last epoch: {last}"
         charts.append(line_chart(title, lines, label, alt, " ".join(note + rest)))
+    folders = {Path(path).resolve().parent.name: Path(path).parent for path in paths}
+    speeds = [line for name, columns in models[:CHARTS] if (line := _speed(name, folders[name], columns))]
+    if speeds:
+        means = "; ".join(f"{line.name} {line.y.mean():.3g}" for line in speeds)
+        alt = f"Throughput in photos per second by epoch; on average: {means}"
+        charts.append(line_chart("Throughput", speeds, "photos per second", alt, " ".join(rest)))
     return charts
+
+
+def _speed(name: str, folder: Path, columns: dict[str, np.ndarray]) -> Line | None:
+    """How many photos a model was trained on in a second, as its training's TensorBoard log tells, if it is kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = sorted(folder.glob("state/*/tensorboard/*"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return None
+    events = EventAccumulator(str(logs[-1].parent), {"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.endswith("/photos_per_second")]
+    if not tags:
+        return None
+    told = events.Scalars(tags[0])
+    epochs = np.array([one.step for one in told]) * columns["epoch"][-1] / told[-1].step  # it ends with the training
+    return Line(name, epochs, np.array([one.value for one in told]))
 
 
 def _metrics(path: str) -> dict[str, np.ndarray]:
@@ -213,16 +262,16 @@ def _metrics(path: str) -> dict[str, np.ndarray]:
 def _attention(folder: str) -> Attention:
     """What the page shows of a folder made by `orl attention`. Raises InputError."""
 
-    def png(name: str, of: str) -> Picture:
+    def png(name: str, of: str, most: int) -> Picture:
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not in it")
-        return figures.png(Path(folder, name).read_bytes(), f"Attention maps of {of}")
+        return figures.png(Path(folder, name).read_bytes(), f"Attention maps of {of}", most)
 
     try:
         listed = json.loads(Path(folder, "attention.json").read_text(encoding="utf-8"))
         models, photos = ", ".join(listed["models"]), listed["photos"]
-        maps = [(str(one["path"]), png(one["file"], str(one["path"]))) for one in photos[:MAPS]]
-        sheet = png("contact_sheet.png", f"{len(photos)} photos: {models}")
+        maps = [(str(one["path"]), png(one["file"], str(one["path"]), MAP_BYTES)) for one in photos[:MAPS]]
+        sheet = png("contact_sheet.png", f"{len(photos)} photos: {models}", SHEET_BYTES)
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: is no folder of `orl attention` ({error}); draw the maps again.") from None
     return Attention(Path(folder).resolve().name, models, sheet, maps, len(photos))
@@ -252,7 +301,7 @@ def _discovery(
     return {
         "index_recall": index_recall and f"{100 * float(index_recall):.2f} %",
         "queries": _gallery(queries, neighbors, manifest, photo),
-        "pair_groups": _pair_groups(queries, entries, similarity, pairs, proposals, manifest, photo),
+        "pairs": _pairs(rng, entries, similarity, pairs, proposals, manifest, photo),
         "histograms": _histograms(proposals, similarity, len(sampled), len(manifest)),
     }
 
@@ -283,20 +332,20 @@ def _pair_similarities(pairs: artifacts.Correspondences, rows: np.ndarray) -> tu
     return entries, np.asarray(pairs.similarity[entries], np.float32)
 
 
-def _pair_groups(
-    queries: np.ndarray,
+def _pairs(
+    rng: np.random.Generator,
     entries: np.ndarray,
     similarity: np.ndarray,
     pairs: artifacts.Correspondences,
     proposals: artifacts.Proposals,
     manifest: artifacts.Manifest,
     photo: Callable[[int], decode.Photo],
-) -> list[tuple[str, list[Pair]]]:
-    """The photo pairs to draw, under their headings."""
+) -> list[Pair]:
+    """The photo pairs to draw, by falling similarity: random photos, and those of the most and least similar RoIs."""
     k = pairs.neighbor.shape[1]
     offsets = pairs.pair_offsets
 
-    def draw(slot: int, shown: range) -> Pair:
+    def draw(kind: str, slot: int, shown: range) -> Pair:
         """Photo slot // k and its neighbour slot % k, with the RoI pairs `shown`."""
         row, other = slot // k, int(pairs.neighbor[slot // k, slot % k])
         boxes = [
@@ -306,13 +355,15 @@ def _pair_groups(
             )
             for a, b in pairs.pair[shown.start : shown.stop].astype(np.int64)
         ]
-        names = [f"{value:.3f}" for value in pairs.similarity[shown.start : shown.stop]]
+        values = pairs.similarity[shown.start : shown.stop].astype(float)
         paths = str(manifest.path[row]), str(manifest.path[other])
         total = offsets[slot + 1] - offsets[slot]
         caption = f"{len(boxes)} of {total} RoI pairs of {paths[0]} and {paths[1]}"
-        return Pair(caption, figures.pair((photo(row), photo(other)), paths, SIDE, boxes, names))
+        names = [f"{value:.3f}" for value in values]
+        drawing = figures.pair((photo(row), photo(other)), paths, SIDE, boxes, names)
+        return Pair(kind, max(values, default=-1.0), caption, drawing)
 
-    def extremes(order: np.ndarray) -> list[Pair]:
+    def extremes(kind: str, order: np.ndarray) -> list[Pair]:
         """The first RoI pairs in an order of `entries`, each of other photos than those before."""
         found: list[Pair] = []
         seen = set()
@@ -322,18 +373,18 @@ def _pair_groups(
             if photos in seen:
                 continue
             seen.add(photos)
-            found.append(draw(slot, range(entry, entry + 1)))
+            found.append(draw(kind, slot, range(entry, entry + 1)))
             if len(found) == EXTREME_PAIRS:
                 break
         return found
 
-    firsts = [int(row) * k for row in queries[:RANDOM_PAIRS]]
-    best = [range(int(offsets[slot]), min(int(offsets[slot + 1]), int(offsets[slot]) + MATCHES)) for slot in firsts]
-    return [
-        ("Random photos and their nearest neighbour", [draw(*one) for one in zip(firsts, best, strict=True)]),
-        ("Most similar RoI pairs", extremes(np.argsort(-similarity, kind="stable"))),
-        ("Least similar RoI pairs that were kept", extremes(np.argsort(similarity, kind="stable"))),
-    ]
+    photos = rng.choice(len(manifest), min(RANDOM_PAIRS, len(manifest)), replace=False)
+    slots = [int(row) * k for row in photos]  # a photo's nearest neighbour
+    best = [range(int(offsets[slot]), min(int(offsets[slot + 1]), int(offsets[slot]) + MATCHES)) for slot in slots]
+    found = [draw("random photos", *one) for one in zip(slots, best, strict=True)]
+    found += extremes("most similar RoIs", np.argsort(-similarity, kind="stable"))
+    found += extremes("least similar RoIs", np.argsort(similarity, kind="stable"))
+    return sorted(found, key=lambda pair: -pair.similarity)
 
 
 def _histograms(proposals: artifacts.Proposals, similarity: np.ndarray, sampled: int, photos: int) -> list[Chart]:

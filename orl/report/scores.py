@@ -11,7 +11,7 @@ import numpy as np
 from orl import InputError, artifacts
 from orl.report import figures
 from orl.report.figures import Chart, Line, line_chart
-from orl.report.repeats import Mean, arm_of, by_arm, mean
+from orl.report.repeats import Mean, arm_of, mean
 
 FEW = 3  # models whose mAP needs no chart
 CURVES = 12  # models at most in a chart of lines
@@ -53,26 +53,64 @@ Series = dict[float, Mean]
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model, of one of several runs where `run` is given; as text, both."""
+
+    name: str
+    run: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.run})" if self.run else self.name
+
+    @property
+    def arm(self) -> "Model":
+        """What its repeats have in common."""
+        return replace(self, name=arm_of(self.name)[0])
+
+
+@dataclass(frozen=True)
 class Cell:
-    """A number of a table as text, and whether it is the best of its kind."""
+    """A number of a table as text, whether it is the best of its kind, and by how much stage 1's is exceeded.
+
+    `mean` and `difference` are the same as numbers, where they are known.
+    """
 
     text: str
     best: bool = False
+    change: str = ""
+    mean: Mean | None = None
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Named rows of cells; `heads` are those of all columns, the names' first."""
+    """Named scores, each with a cell for each of `models` (and their numbers of seeds), which are columns, or rows."""
 
     title: str
-    heads: list[str]
-    rows: list[tuple[str, list[Cell]]]
+    corner: str  # the head of the names
+    models: Mapping[Model, int]
+    scores: Mapping[str, list[Cell]]
+    down: bool = False  # models are rows
+
+    @property
+    def heads(self) -> list[str | Model]:
+        """Those of all columns, the names' first."""
+        return [self.corner, *(self.scores if self.down else self.models)]
+
+    @property
+    def rows(self) -> list[tuple[str | Model, list[Cell]]]:
+        """Named rows of cells."""
+        if not self.down:
+            return list(self.scores.items())
+        return [(model, list(cells)) for model, *cells in zip(self.models, *self.scores.values(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Task:
     """The scores of all models in one downstream task on one data set."""
 
+    name: str
+    data: str  # the labelled set, of tasks on one
     title: str
     tables: list[Table]
     notes: list[str]
@@ -91,7 +129,7 @@ class Reading:
     parts: dict[tuple[str, str], dict[str, float]]
     chosen: dict[float, str]  # the best setting, by percent of labels
     notes: list[str]
-    data: tuple[str, str]  # what it was measured on, and its fingerprint; empty where not told
+    data: tuple[str, str]  # what it was measured on, and what of it must be equal to compare; empty where not told
     left_out: dict[str, str]  # class -> reason
     fits: tuple[int, int]  # and those among them that did not converge
 
@@ -119,10 +157,13 @@ def result_of(path: str, task: str) -> Iterator[None]:
         raise InputError(f"{path}: is no result of `orl evaluate {task}` ({error}); evaluate again.") from None
 
 
-def tasks(paths: Sequence[str]) -> list[Task]:
-    """The results of each task on each data set; a task of no known name needs an mAP. Raises InputError."""
-    found: dict[tuple[str, str], dict[str, Reading]] = {}  # task, set -> model -> reading
-    for path in paths:
+def tasks(runs: Mapping[str, Sequence[str]]) -> list[Task]:
+    """The results of each task on each data set; a task of no known name needs an mAP. Raises InputError.
+
+    `runs`: the files of results by the name of their run, which is empty where there is only one.
+    """
+    found: dict[tuple[str, str], dict[Model, Reading]] = {}  # task, set -> model -> reading
+    for run, path in [(run, path) for run, paths in runs.items() for path in paths]:
         result = artifacts.read_results(path)
         task, metrics = str(result["task"]), result["metrics"]
         if task not in SHOWN and not (isinstance(metrics, dict) and isinstance(metrics.get("mAP"), (int, float))):
@@ -131,7 +172,7 @@ def tasks(paths: Sequence[str]) -> list[Task]:
             name = str(result["data"].get("set") or "")
             reading = _read(task, result)
         models = found.setdefault((task, name), {})
-        models[given_once(path, result, models)] = reading
+        models[Model(given_once(path, result, [model.name for model in models if model.run == run]), run)] = reading
     known = list(TITLES)
     order = sorted(found, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
     return [_task(task, name, found[task, name]) for task, name in order]
@@ -257,8 +298,10 @@ def _data(task: str, data: Mapping) -> tuple[str, str]:
         text += "{categories:,} categories, in {root}."
     elif task == "localization":
         text = "{objects:,} objects on {photos:,} photos."
+    told = text.format(**data) + _without(task, data)
     fingerprint = data.get("fingerprint", data.get("annotations_fingerprints", ""))
-    return text.format(**data) + _without(task, data), str(fingerprint)
+    # Equal data may lie in several folders, as the scenes of several runs do.
+    return told, f"{text.format(**{**data, 'root': ''})} {fingerprint}" if fingerprint else told
 
 
 def _without(task: str, data: Mapping) -> str:
@@ -278,12 +321,15 @@ def _without(task: str, data: Mapping) -> str:
 
 # Showing
 
-Arms = dict[str, list[Reading]]  # by model, a reading for each seed
-Shown = tuple[list[Table], list[Chart], dict[str, str]]  # and what is printed of each model
+Arms = dict[Model, list[Reading]]  # by model, a reading for each seed
+Shown = tuple[list[Table], list[Chart], dict[Model, str]]  # and what is printed of each model
 
 
-def _task(task: str, name: str, readings: dict[str, Reading]) -> Task:
-    arms = {arm: [readings[model] for model in models] for arm, models in by_arm(sorted(readings, key=rank)).items()}
+def _task(task: str, name: str, readings: dict[Model, Reading]) -> Task:
+    readings = _sorted(readings)
+    arms: Arms = {}
+    for model, reading in readings.items():
+        arms.setdefault(model.arm, []).append(reading)
     if task == "localization":
         arms = _by_method(arms)
     tables, charts, said = SHOWN.get(task, _svm)(arms)
@@ -295,22 +341,35 @@ def _task(task: str, name: str, readings: dict[str, Reading]) -> Task:
         left_out.update(one.left_out)
     seeds = {arm: f", {len(repeats)} seeds" for arm, repeats in arms.items() if len(repeats) > 1 and task in SHOWN}
     lines = [f"{printed}: {arm}: {text}{seeds.get(arm, '')}" for arm, text in said.items()]
-    return Task(title, tables, _notes(task, readings, arms), charts, _parts(arms), sorted(left_out.items()), lines)
+    notes, parts = _notes(task, readings, arms), _parts(arms)
+    return Task(task, name, title, tables, notes, charts, parts, sorted(left_out.items()), lines)
+
+
+def _sorted(readings: dict[Model, Reading]) -> dict[Model, Reading]:
+    """By model, then by run as they came, then by seed."""
+    runs = list(dict.fromkeys(model.run for model in readings))
+
+    def place(model: Model) -> tuple[int, str, int, int]:
+        first, arm, seed = rank(model.name)
+        return first, arm, runs.index(model.run), seed
+
+    return {model: readings[model] for model in sorted(readings, key=place)}
 
 
 def _svm(arms: Arms) -> Shown:
-    """The mAP of each model, against those that others are compared with, and by stage."""
+    """The mAP of each model, against those of its run that others are compared with, and by stage."""
     scores = {arm: series[0] for arm, series in _means(arms, "mAP").items()}
     chances = {arm: f"{series[0].value:.2f}" for arm, series in _means(arms, "chance").items() if series}
-    base = next((arm for arm in arms if arm.split("-")[0] == "stage1"), None)
-    own = next((arm for arm in arms if arm.startswith("orl")), None)  # a plain orl ranks first
-    columns = {"mAP": _cells(list(scores.values()), 2)}
+    columns = {"mAP": _cells(scores, 2, told=False)}
     more = {arm: [f"{len(repeats)} seeds"] if len(repeats) > 1 else [] for arm, repeats in arms.items()}
-    for other in [arm for arm in (base, own) if arm is not None and len(arms) > 1]:
-        changes = {arm: scores[arm].minus(scores[other]).text(2, sign=True) for arm in arms if arm != other}
-        columns[f"against {other}"] = [Cell(changes.get(arm, "")) for arm in arms]
+    for kind in (is_stage1, is_orl):
+        others = {arm: other for arm, other in _firsts(arms, kind).items() if arm != other}
+        changes = {arm: scores[arm].minus(scores[other]).text(2, sign=True) for arm, other in others.items()}
+        if changes:
+            names = dict.fromkeys(other.name for other in others.values())
+            columns[f"against {' or '.join(names)}"] = [Cell(changes.get(arm, "")) for arm in arms]
         for arm, change in changes.items():
-            more[arm].append(f"{change} against {other}")
+            more[arm].append(f"{change} against {others[arm].name}")
     columns["chance"] = [Cell(chances.get(arm, "")) for arm in arms]
     for arm, chance in chances.items():
         more[arm].append(f"chance {chance}")
@@ -381,32 +440,34 @@ def _segmentation(arms: Arms) -> Shown:
 
 def _by_method(arms: Arms) -> Arms:
     """Readings of object discovery by what finds the boxes, in the order of METHODS: the pairing of each variant, LOST
-    of each model, the other proposals of each variant, but once of variants that agree."""
+    of each model, the other proposals of each variant, but once of those of a run that agree."""
     rows: Arms = {}
     for method, name in METHODS.items():
-        same: dict[tuple, list[str]] = {}
+        same: dict[tuple, list[Model]] = {}
         found = {}
         for arm, repeats in arms.items():
             found[arm] = [replace(one, scores={"found": one.scores[name]}) for one in repeats if name in one.scores]
             if found[arm]:
                 means = _means({arm: found[arm]}, "found")[arm].items()
                 key = (arm,) if method in ("pairing", "lost") else tuple((n, round(one.value, 6)) for n, one in means)
-                same.setdefault(key, []).append(arm)
-        for models in same.values():
-            whose = f": {', '.join(models)}" if method == "lost" or len(same) > 1 else ""
-            rows[name + whose] = found[models[0]]
+                same.setdefault((arm.run, *key), []).append(arm)
+        runs = [run for run, *_ in same]
+        for (run, *_), models in same.items():
+            is_named = method == "lost" or runs.count(run) > 1
+            whose = f": {', '.join(model.name for model in models)}" if is_named else ""
+            rows[Model(name + whose, run)] = found[models[0]]
     return rows
 
 
 def _localization(arms: Arms) -> Shown:
     means = _means(arms, "found")
     rates = {row: {n: rate for n, rate in series.items() if n} for row, series in means.items()}
-    columns = {**_named(means, ["CorLoc"], 1), **_columns(rates, "detection rate, n = {:g}")}
+    columns = {**_seeds(arms), **_named(means, ["CorLoc"], 1), **_columns(rates, "detection rate, n = {:g}")}
     said = {
         row: f"{_listed(means[row], ['CorLoc'], 1)}, detection rate {', '.join(texts)}"
         for row, texts in _texts(rates, arms, "n = {:g}").items()
     }
-    return [_table("Boxes", arms, columns, "Boxes")], [], said
+    return [Table("Boxes", "Boxes", _counts(arms), columns, down=True)], [], said  # many: not as columns
 
 
 SHOWN: dict[str, Callable[[Arms], Shown]] = {
@@ -420,7 +481,7 @@ SHOWN: dict[str, Callable[[Arms], Shown]] = {
 }
 
 
-def _means(arms: Arms, score: str) -> dict[str, Series]:
+def _means(arms: Arms, score: str) -> dict[Model, Series]:
     """A score of each model over its seeds; of a single one, with the spread that its result tells."""
     means = {}
     for arm, repeats in arms.items():
@@ -434,12 +495,12 @@ def _means(arms: Arms, score: str) -> dict[str, Series]:
     return means
 
 
-def _plain(means: dict[str, Series]) -> dict[str, Series]:
+def _plain(means: dict[Model, Series]) -> dict[Model, Series]:
     """Without spreads, which would hide a line of many points."""
     return {arm: {key: Mean(one.value) for key, one in series.items()} for arm, series in means.items()}
 
 
-def _texts(means: dict[str, Series], arms: Arms, column: str) -> dict[str, list[str]]:
+def _texts(means: dict[Model, Series], arms: Arms, column: str) -> dict[Model, list[str]]:
     """A score of each model to print, by column; with an error only if it is that of several seeds."""
     return {
         arm: [
@@ -450,15 +511,17 @@ def _texts(means: dict[str, Series], arms: Arms, column: str) -> dict[str, list[
     }
 
 
-def _columns(means: dict[str, Series], head: str, digits: int = 1) -> dict[str, list[Cell]]:
-    """A column for each key of any series, by its heading."""
+def _columns(means: dict[Model, Series], head: str, digits: int = 1) -> dict[str, list[Cell]]:
+    """The cells of all models for each key of any series, by its heading."""
     keys = sorted({key for series in means.values() for key in series})
-    return {head.format(key): _cells([series.get(key) for series in means.values()], digits) for key in keys}
+    return {head.format(key): _cells({arm: one.get(key) for arm, one in means.items()}, digits) for key in keys}
 
 
-def _named(means: dict[str, Series], names: Sequence[str], digits: int = 2) -> dict[str, list[Cell]]:
-    """A column for each of the measures that go by their places."""
-    return {name: _cells([series.get(place) for series in means.values()], digits) for place, name in enumerate(names)}
+def _named(means: dict[Model, Series], names: Sequence[str], digits: int = 2) -> dict[str, list[Cell]]:
+    """The cells of all models for each of the measures that go by their places."""
+    return {
+        name: _cells({arm: one.get(place) for arm, one in means.items()}, digits) for place, name in enumerate(names)
+    }
 
 
 def _listed(series: Series, names: Sequence[str], digits: int = 2) -> str:
@@ -467,19 +530,58 @@ def _listed(series: Series, names: Sequence[str], digits: int = 2) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
-def _cells(means: Sequence[Mean | None], digits: int) -> list[Cell]:
-    """Scores as text; the best, as far as the text tells, are marked where there is something to compare."""
-    given = [round(one.value, digits) for one in means if one is not None]
+def is_stage1(arm: str) -> bool:
+    """Whether an arm is of stage 1's weights: those of the run, or of a variant."""
+    return arm.split("-")[0] == "stage1"
+
+
+def is_orl(arm: str) -> bool:
+    """Whether an arm is of stage 3's weights; a plain orl ranks first."""
+    return arm.startswith("orl")
+
+
+def _firsts(arms: Iterable[Model], kind: Callable[[str], bool]) -> dict[Model, Model]:
+    """The first arm of a kind in the run of each arm that has one."""
+    firsts: dict[str, Model] = {}
+    for arm in arms:
+        if kind(arm.name):
+            firsts.setdefault(arm.run, arm)
+    return {arm: firsts[arm.run] for arm in arms if arm.run in firsts}
+
+
+def _cells(scores: Mapping[Model, Mean | None], digits: int, told: bool = True) -> list[Cell]:
+    """Scores as text, and (`told`: as text, too) against the first of stage 1 of the run; the best, as far as the text
+    tells, are marked where there is something to compare."""
+    given = [round(one.value, digits) for one in scores.values() if one is not None]
     best = max(given) if len(given) > 1 else None
-    return [Cell("–") if one is None else Cell(one.text(digits), round(one.value, digits) == best) for one in means]
+    firsts = _firsts(scores, is_stage1)
+    cells = []
+    for arm, one in scores.items():
+        if one is None:
+            cells.append(Cell("–"))
+            continue
+        base = firsts.get(arm, arm)
+        first = scores[base] if base != arm else None
+        difference = one.value - first.value if first else None
+        change = Mean(difference).text(digits, sign=True) if told and difference is not None else ""
+        cells.append(Cell(one.text(digits), round(one.value, digits) == best, change, one, difference))
+    return cells
 
 
-def _table(title: str, arms: Arms, columns: Mapping[str, list[Cell]], head: str = "Model") -> Table:
-    """A row for each model, or what else the arms are."""
-    if any(len(repeats) > 1 for repeats in arms.values()):
-        columns = {"seeds": [Cell(str(len(repeats))) for repeats in arms.values()], **columns}
-    rows = [(arm, [cells[row] for cells in columns.values()]) for row, arm in enumerate(arms)]
-    return Table(title, [head, *columns], rows)
+def _table(title: str, arms: Arms, rows: Mapping[str, list[Cell]]) -> Table:
+    """A column for each model."""
+    return Table(title, "Score", _counts(arms), {**_seeds(arms), **rows})
+
+
+def _counts(arms: Arms) -> dict[Model, int]:
+    """The number of seeds of each model."""
+    return {arm: len(repeats) for arm, repeats in arms.items()}
+
+
+def _seeds(arms: Arms) -> dict[str, list[Cell]]:
+    """The numbers of seeds, where there are several."""
+    numbers = _counts(arms).values()
+    return {"seeds": [Cell(str(number)) for number in numbers]} if max(numbers) > 1 else {}
 
 
 def _parts(arms: Arms) -> list[Table]:
@@ -490,17 +592,18 @@ def _parts(arms: Arms) -> list[Table]:
             found.setdefault(key, {}).update(dict.fromkeys(part))
     tables = []
     for key, names in found.items():
-        rows = []
+        rows = {}
         for name in names:
             given = [[one.parts.get(key, {}).get(name, math.nan) for one in repeats] for repeats in arms.values()]
             values = [[value for value in arm if not math.isnan(value)] for arm in given]
-            rows.append((name, _cells([Mean(mean(some).value) if some else None for some in values], 2)))
+            means = [Mean(mean(some).value) if some else None for some in values]
+            rows[name] = _cells(dict(zip(arms, means, strict=True)), 2, told=False)
         if rows:
-            tables.append(Table(key[0], [key[1], *arms], rows))
+            tables.append(Table(*key, _counts(arms), rows))
     return tables
 
 
-def _curves(title: str, means: dict[str, Series], ylabel: str, xlabel: str, tick: str = "") -> list[Chart]:
+def _curves(title: str, means: dict[Model, Series], ylabel: str, xlabel: str, tick: str = "") -> list[Chart]:
     """A line for each model where there are two points or more; with `tick`, their text, on a logarithmic axis."""
     keys = sorted({key for series in means.values() for key in series})
     if len(keys) < 2:
@@ -512,7 +615,7 @@ def _curves(title: str, means: dict[str, Series], ylabel: str, xlabel: str, tick
             y, error = (
                 np.array(values) for values in zip(*((series[k].value, series[k].error) for k in x), strict=True)
             )
-            lines.append(Line(arm, x, y, error))
+            lines.append(Line(str(arm), x, y, error))
     drawn = lines[:CURVES]
     ends = "; ".join(f"{line.name} {line.y[0]:.1f} to {line.y[-1]:.1f}" for line in drawn)
     unit = ", in percent" if ylabel.endswith("percent") else ""
@@ -527,13 +630,13 @@ def _losses(arms: Arms, by: str) -> list[Chart]:
     return _curves(f"Training loss by {by}", _plain(_means(arms, "loss")), "loss", by)
 
 
-def _dots(arms: Arms, scores: dict[str, Mean], chance: list[str]) -> list[Chart]:
+def _dots(arms: Arms, scores: dict[Model, Mean], chance: list[str]) -> list[Chart]:
     """Where there are repeats or more than a few models: the mAP of all, then closer, that of the trained ones."""
     repeated = any(len(repeats) > 1 for repeats in arms.values())
     if len(arms) <= FEW and not repeated:
         return []
 
-    def chart(title: str, drawn: list[str], dashed: list[str]) -> Chart:
+    def chart(title: str, drawn: list[Model], dashed: list[str]) -> Chart:
         numbers = {number: arm for number, arm in enumerate(arms, 1) if arm in drawn}
         rows = {
             number: ([one.scores["mAP"][0].value for one in arms[arm]], scores[arm]) for number, arm in numbers.items()
@@ -544,14 +647,14 @@ def _dots(arms: Arms, scores: dict[str, Mean], chance: list[str]) -> list[Chart]
         picture = figures.dots(rows, [float(value) for value in dashed], "mAP, percent", alt)
         return Chart(title, picture, [], " ".join(notes), [f"{number}: {arm}" for number, arm in numbers.items()])
 
-    trained = [arm for arm in arms if arm.split("-")[0] != "random"]
+    trained = [arm for arm in arms if arm.name.split("-")[0] != "random"]
     charts = [chart("mAP", list(arms), chance)]
     if len(trained) > 1:
         charts.append(chart("mAP of trained models", trained, []))
     return charts
 
 
-def _notes(task: str, readings: dict[str, Reading], arms: Arms) -> list[str]:
+def _notes(task: str, readings: dict[Model, Reading], arms: Arms) -> list[str]:
     """What ± means, what the scores were measured on and how, and which fits did not converge."""
     single = [series for (one, *more) in arms.values() if not more for series in one.scores.values()]
     seeds = ["Means over seeds ± their standard errors"] if any(len(repeats) > 1 for repeats in arms.values()) else []
@@ -563,7 +666,7 @@ def _notes(task: str, readings: dict[str, Reading], arms: Arms) -> list[str]:
     notes = [f"{'; '.join(seeds)}."] if seeds else []
     on = {model: [one.data] for model, one in readings.items() if one.data[0]}
     notes += _told(on)
-    if len({data for (data,) in on.values()}) > 1:
+    if len({key for ((_, key),) in on.values()}) > 1:
         notes.append("The models were measured on different data: their scores cannot be compared.")
     notes += _told({model: [(note,) for note in one.notes] for model, one in readings.items()})
     for arm, repeats in arms.items():
@@ -573,22 +676,25 @@ def _notes(task: str, readings: dict[str, Reading], arms: Arms) -> list[str]:
     return notes
 
 
-def _told(said: Mapping[str, Sequence[tuple[str, ...]]]) -> list[str]:
+def _told(said: Mapping[Model, Sequence[tuple[str, ...]]]) -> list[str]:
     """What is said of models, each once; the text is the first of each tuple. Names stand before what is not of all."""
-    who: dict[tuple[str, ...], list[str]] = {}
-    for model in sorted(said, key=rank):
-        for what in said[model]:
+    who: dict[tuple[str, ...], list[Model]] = {}
+    for model, told in said.items():
+        for what in told:
             who.setdefault(what, []).append(model)
     return [
         what[0] if len(models) == len(said) else f"{_together(models, said)}: {what[0]}" for what, models in who.items()
     ]
 
 
-def _together(models: Iterable[str], among: Iterable[str]) -> str:
-    """The names of models; of an arm all of whose models are there, the arm's."""
-    whole = by_arm(among)
-    return ", ".join(
-        name
-        for arm, repeats in by_arm(models).items()
-        for name in ([arm] if len(repeats) == len(whole[arm]) else repeats)
-    )
+def _together(models: Sequence[Model], among: Iterable[Model]) -> str:
+    """The names of models; of an arm all of whose models are there, the arm's, and so of one of several runs."""
+    others = set(among) - set(models)
+    runs, arms = {other.run for other in others}, {other.arm for other in others}
+    names = []
+    for model in models:
+        if model.run and model.run not in runs:
+            names.append(f"run {model.run}")
+        else:
+            names.append(str(model if model.arm in arms else model.arm))
+    return ", ".join(dict.fromkeys(names))

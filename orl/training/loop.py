@@ -25,6 +25,8 @@ from orl.training import ranks
 from orl.training.batches import Batches, Loader, Samples
 from orl.training.checkpoint import State
 
+LOG_SECONDS = 60.0  # between two lines of the log at most, but for a step that takes longer
+
 
 class DivergedError(InputError):
     """A loss that is not finite."""
@@ -124,6 +126,7 @@ class Run:
                     "compute.compile needs a C++ compiler, and g++ is not there; install it or set it to false."
                 )
             self.forward = torch.compile(self.forward)
+            self.say("compiling the step: the first one may take minutes")
         self.no_sync = self.forward.no_sync if self.size > 1 else nullcontext
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
@@ -274,10 +277,11 @@ class Run:
                 self.train_step(batch)
                 bar.update()
                 wants_save = time.monotonic() - last_save > checkpoint_seconds
-                asked = self.any_process(self.asked_to_stop, wants_save)  # all save and stop at the same step
+                silent = time.monotonic() - clock.last[1] > LOG_SECONDS
+                *asked, silent = self.any_process(self.asked_to_stop, wants_save, silent)  # all at the same step
                 period_ends, ends = self.step % self.period == 0, self.step == self.total_steps
                 save = period_ends or ends or any(asked)
-                log = self.step % log_every == 0 or ends
+                log = self.step % log_every == 0 or ends or silent
                 if save or log:
                     self.check_finite(state)
                 if log:

@@ -7,7 +7,7 @@ from test_cli import READS, argv
 
 from orl.config import merge
 
-COMMANDS = [*READS, "pretrain --stage supervised", "merge"]
+COMMANDS = [*READS, "pretrain --stage supervised", "merge", "compare"]
 TRAIN = "pretrain --stage stage", *(f"evaluate {task}" for task in ("linear", "semi_run", "detection", "segmentation"))
 # So that trainings have several steps to be disturbed at.
 LONGER = {
@@ -24,6 +24,8 @@ def line(command, settings, inputs, folder, **change):
     settings = merge(json.loads(settings), LONGER)
     if command == "merge":
         return ["merge", *change.get("--shards", inputs["--shards"]), "--output", folder / "out"]
+    if command == "compare":
+        return ["compare", *change.get("RUN", inputs["RUN"]), "--output", folder / "out"]
     if command == "pretrain --stage supervised":
         settings = {"supervised": str(change.get("--supervised", inputs["--backbone"]))}
         return [*command.split(), "--settings", json.dumps(settings), "--output", folder / "out"]

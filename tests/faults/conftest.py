@@ -1,6 +1,7 @@
 """The commands and their inputs, those of tests/test_cli.py; and what the faults came to, told at the end."""
 
 import os
+import shutil
 import subprocess
 from collections import Counter
 from functools import cache
@@ -12,6 +13,8 @@ import test_cli
 from child import Fault, run
 from commands import finals, leftovers, line
 from test_cli import labels, masks, settings, toy  # noqa: F401 - fixtures
+
+from orl import artifacts
 
 
 def _main(argv):
@@ -28,7 +31,7 @@ def model_folder(settings, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory):  # noqa: F811
-    """Those of tests/test_cli.py, and shards."""
+    """Those of tests/test_cli.py, and shards and runs."""
     given = photos, labels, toy, masks, settings, model_folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_cli.cli, "main", _main)  # nothing is imported twice
@@ -36,7 +39,19 @@ def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory)
     shards = [tmp_path_factory.mktemp("shards") / f"{number}.h5" for number in (1, 2)]
     for number, path in enumerate(shards, 1):
         _main([*test_cli.argv("propose", settings, made, path), "--shard", f"{number}/2"])
-    return {**made, "--shards": shards}
+    return {**made, "--shards": shards, "RUN": _runs(made["--scores"], tmp_path_factory.mktemp("home"))}
+
+
+def _runs(scores, home):
+    """Folders of two runs, which hold a config and a result each."""
+    folders = [home / "results" / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        downstream = {"tasks": ["voc07_svm"], "voc07_svm": {"root": "voc"}}
+        raw = {"name": folder.name, "seed": number, "data": {"layout": "folder", "root": "photos"}}
+        artifacts.write_json(folder / "config.json", {**raw, "downstream": downstream})
+        (folder / "downstream" / "stage1").mkdir(parents=True)
+        shutil.copy(scores, folder / "downstream" / "stage1")
+    return folders
 
 
 @pytest.fixture(scope="session")

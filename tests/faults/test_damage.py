@@ -187,6 +187,20 @@ def test_report_of_all_results(name, settings, inputs, photos, tmp_path, record_
         record_property("damaged files", 1)
 
 
+@pytest.mark.parametrize("name", ["config.json", "downstream/stage1/voc07_svm.json"])
+def test_damaged_runs_that_are_compared(name, settings, inputs, tmp_path, record_property):
+    folders = [tmp_path / "results" / folder.name for folder in inputs["RUN"]]
+    shutil.copytree(inputs["RUN"][0].parent, tmp_path / "results")
+    arguments = line("compare", settings, inputs, tmp_path / "new", RUN=folders)
+    bad = folders[1] / name
+    for kind, content in damaged(bad.read_bytes(), seed("compare", name)).items():
+        bad.write_bytes(content)
+        told = check(arguments, folders[1], tmp_path / "new")
+        assert told or kind in SUBTLE or not content, kind  # an empty config has all defaults
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        record_property("damaged files", 1)
+
+
 # Photos and their labels
 
 # But for those that look at names alone, or at one or two photos

@@ -7,7 +7,7 @@ import pytest
 from child import run
 from commands import COMMANDS, line
 
-FOLDERS = ("scenes", "pretrain", "attention")  # what these make
+FOLDERS = ("scenes", "pretrain", "attention", "compare")  # what these make
 
 
 def refused(command, arguments):

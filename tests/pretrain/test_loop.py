@@ -22,6 +22,7 @@ from orl.config import merge, parse
 from orl.networks.ema import load_encoder
 from orl.pretrain import loop
 from orl.pretrain.samples import ImageViews
+from orl.training import loop as training_loop
 from orl.training.checkpoint import State
 
 CONFIG = {
@@ -380,6 +381,17 @@ def test_the_log_tells_speed_waiting_and_totals(train, capsys):
     assert re.fullmatch(
         rf"stage1: done: 24 photos in \d+ s \(\d+ photos/s, data wait \d+%\), peak memory {number} GB", lines[-1]
     )
+
+
+def test_slow_steps_are_told_before_there_are_many_of_them(train, monkeypatch, capsys):
+    """Which changes nothing else: no checkpoint more, and the same model."""
+    undisturbed = train("undisturbed")
+    capsys.readouterr()
+    monkeypatch.setattr(training_loop, "LOG_SECONDS", 0.0)
+    found = train("slow", log_every=100)
+    steps = re.findall(r"step (\d)/6", capsys.readouterr().err)
+    assert steps == list("123456")
+    assert_equal_models(found, undisturbed)
 
 
 def test_float16_trains_to_nearly_the_same(train):

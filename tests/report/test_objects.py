@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_page import by_model
 
 from orl import InputError, artifacts
 from orl.report.scores import Task, tasks
@@ -69,23 +70,25 @@ def read(folder: Path, *results: dict) -> list[Task]:
     paths = [str(folder / f"{number}.json") for number in range(len(results))]
     for path, one in zip(paths, results, strict=True):
         artifacts.write_json(path, one)
-    return tasks(paths)
+    return tasks({"": paths})
 
 
 def rows(task: Task, title: str) -> list[list[str]]:
     table = next(table for table in [*task.tables, *task.folded] if table.title == title)
-    return [table.heads, *([name, *(cell.text for cell in cells)] for name, cells in table.rows)]
+    heads = list(map(str, table.heads))
+    return by_model([heads, *([str(name), *(cell.text for cell in cells)] for name, cells in table.rows)])
 
 
 def best(task: Task, title: str) -> set[tuple[str, str]]:
-    """Row and column of what is in bold."""
+    """Row and column of what is in bold, in the table that `rows` returns."""
     table = next(table for table in [*task.tables, *task.folded] if table.title == title)
-    return {
-        (name, head)
+    found = {
+        (str(name), str(head))
         for name, cells in table.rows
         for head, cell in zip(table.heads[1:], cells, strict=True)
         if cell.best
     }
+    return {(head, name) for name, head in found} if table.heads[0] == "Score" else found
 
 
 def test_detection(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from PIL import Image
 
 from orl import InputError, artifacts, cli
 from orl.report import figures
-from orl.report.page import CHARTS, MAPS, QUERIES, report
+from orl.report.page import CHARTS, EXTREME_PAIRS, MAPS, QUERIES, report
 from orl.report.scores import CURVES, tasks
 
 ODD = "orl_<b>&\"x'"  # a model's name that is markup where it is not escaped
@@ -33,8 +34,13 @@ class Page(HTMLParser):
         self.images: list[str] = []
         self.loads: list[str] = []
         self.rows: list[list[str]] = []
+        self.scripts: list[str] = []
+        self.pairs: list[tuple[str, str, str]] = []  # kind, similarity, caption
         self.tables: dict[str, list[list[str]]] = {}  # by what is read out before them
         self.bold: list[str] = []
+        self.changes: list[str] = []  # against stage 1
+        self.in_change = False
+        self.in_run = False  # beside a model's name
         self.text = ""
         self.labels: list[str] = []
         self.tags: list[str] = []
@@ -42,15 +48,23 @@ class Page(HTMLParser):
         self.feed(html)
         self.close()
         assert not self.open
+        self.tables = {label: by_model(rows) for label, rows in self.tables.items()}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         given = {name: value or "" for name, value in attrs}
-        assert tag != "script"
         assert not any(name.startswith("on") for name in given)
         self.loads += [
             given[name] for name in ("src", "href", "xlink:href", "srcset", "data", "action") if name in given
         ]
+        self.in_change = given.get("class") == "change"
+        if given.get("class") == "pair":
+            self.pairs.append((given["data-kind"], given["data-similarity"], ""))
+        if given.get("class") == "drawing":
+            self.pairs[-1] = (*self.pairs[-1][:2], given["aria-label"])
+        if given.get("class") == "run":
+            self.in_run = True
+            self.rows[-1][-1] += " ("
         self.labels += [given[name] for name in ("alt", "aria-label") if name in given]
         if tag == "img":
             assert given["alt"]
@@ -74,25 +88,38 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open.pop() == tag
+        if tag == "span" and self.in_run:
+            self.in_run = False
+            self.rows[-1][-1] += ")"
 
     def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.scripts.append(data)
+            return
         if "style" in self.open:
             assert "url(" not in data
             assert "@import" not in data
             return
         self.text += data
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
+        if self.in_change and "span" in self.open:
+            self.changes.append(data)
+        elif "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data.strip()
         if "b" in self.open:
             self.bold.append(data)
 
     def table(self, first: str) -> list[list[str]]:
-        """The rows of the table whose first heading is `first`."""
-        start = next(i for i, row in enumerate(self.rows) if row[0] == first)
-        ends = [
-            i for i, row in enumerate(self.rows) if row[0] in ("Model", "Class", "Pairs", "Proposals") and i > start
-        ]
-        return self.rows[start : ends[0] if ends else None]
+        """The first table whose first heading is this one."""
+        return next(rows for rows in self.tables.values() if rows[0][0] == first)
+
+
+def by_model(rows: list[list[str]]) -> list[list[str]]:
+    """A table of scores with a row for each model; on the page, it has a column."""
+    if rows[0][0] != "Score":
+        return rows
+    found = [list(row) for row in zip(*rows, strict=True)]
+    found[0][0] = "Model"
+    return found
 
 
 def chart_words(page: Page) -> list[set[str]]:
@@ -301,7 +328,7 @@ class Run:
         self.attention.append(str(folder))
         return folder
 
-    def write(self, name: str = "index.html", stage2: bool = True) -> str:
+    def write(self, name: str = "index.html", stage2: bool = True, **told: Any) -> str:
         neighbors, proposals, pairs = (
             str(self.folder / f"{file}.h5") for file in ("neighbors", "proposals", "correspondences")
         )
@@ -310,7 +337,7 @@ class Run:
         photos = str(self.folder / "photos")
         lists = self.metrics, self.scores, self.recalls, self.pairs, self.attention
         files = (neighbors, proposals, pairs) if stage2 else None
-        report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output))
+        report("run <1> & co", photos, *tables, *lists, files, "ignore", str(output), **told)
         return output.read_text()
 
 
@@ -339,7 +366,11 @@ def test_works_offline(made: Run, page: Page) -> None:
     assert "://" not in (made.folder / "out" / "index.html").read_text()
     assert page.loads
     assert all(uri.startswith("data:image/") for uri in page.loads)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base"} & set(page.tags)
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = (made.folder / "out" / "index.html").read_text()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">" in text
 
 
 def test_images_decode(page: Page) -> None:
@@ -355,7 +386,7 @@ def test_images_decode(page: Page) -> None:
                 image.load()
                 assert image.format == "JPEG"
                 assert 100 <= max(image.size) <= 240
-    photos = QUERIES * 6 + 2 * 12  # gallery; 6 + 3 + 3 drawn pairs
+    photos = QUERIES * 6 + 2 * (12 + 2 * EXTREME_PAIRS)  # gallery; drawn pairs
     assert kinds.count("image/jpeg") == photos
     assert kinds.count("image/svg+xml") == 2 + 3 + 2 + 2
 
@@ -520,7 +551,8 @@ def test_tasks_by_column(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ]
     table = [["Model", "k = 20", "k = 200"], ["stage1", "30.0", "31.0"], ["orl", "33.3", "31.0"]]
     assert page.tables["k-NN classification: objects: Top-1 by k"] == table
-    assert page.bold[-5:] == ["23.4 ± 0.5", "43.4 ± 0.2", "31.0", "33.3", "31.0"]
+    assert page.bold[-5:] == ["23.4 ± 0.5", "43.4 ± 0.2", "33.3", "31.0", "31.0"]
+    assert page.changes[-4:] == ["+3.4", "+3.4", "+3.3", "+0.0"]  # against stage 1, where it has a score
     for note in (
         "Means over samples of the training photos ± their standard deviation.",
         "Clean protocol: costs are chosen by cross-validation",
@@ -668,7 +700,7 @@ SEMI, KNN = semi("m", {"0.01": 1.0}), knn("m", {"20": 1.0})
 def test_damaged_results_are_named(tmp_path: Path, value: dict) -> None:
     artifacts.write_json(tmp_path / "score.json", value)
     with pytest.raises(InputError, match=r"score.json: is no result of `orl evaluate \w+` \(.+\); evaluate again.$"):
-        tasks([str(tmp_path / "score.json")])
+        tasks({"": [str(tmp_path / "score.json")]})
 
 
 def test_models_are_compared_with_the_first_orl_where_none_is_plain(tmp_path: Path) -> None:
@@ -814,14 +846,36 @@ def test_matched_boxes_lie_on_the_photos() -> None:
 def test_drawn_pairs_are_those_of_the_files(made: Run, page: Page) -> None:
     manifest = artifacts.read_manifest(made.folder / "manifest.csv")
     pairs = artifacts.read_correspondences(made.folder / "correspondences.h5")
-    captions = [label for label in page.labels if "RoI pairs of" in label]
-    assert len(captions) == 12
-    for caption in captions[:6]:  # random photos, each with its nearest neighbour
+    captions: dict[str, list[str]] = {}
+    for kind, _, caption in page.pairs:
+        captions.setdefault(kind, []).append(caption)
+    assert {kind: len(found) for kind, found in captions.items()} == {
+        "random photos": 12,
+        "most similar RoIs": EXTREME_PAIRS,
+        "least similar RoIs": EXTREME_PAIRS,
+    }
+    for caption in captions["random photos"]:  # each with its nearest neighbour
         row = next(i for i, path in enumerate(manifest.path) if f"of {path} and" in caption)
         count = pairs.pair_offsets[row * made.k + 1] - pairs.pair_offsets[row * made.k]
         assert caption == f"{count} of {count} RoI pairs of {manifest.path[row]} and {manifest.path[(row + 1) % 12]}"
-    for extreme in (pairs.similarity.min(), pairs.similarity.max()):
-        assert f"1: {extreme:.3f}" in page.text
+    similarities = [float(value) for _, value, _ in page.pairs]
+    assert similarities == sorted(similarities, reverse=True)
+    assert similarities[0] == pytest.approx(pairs.similarity.max(), abs=1e-4)
+    assert similarities[-1] == pytest.approx(pairs.similarity.min(), abs=1e-4)
+
+
+def test_a_page_stays_small(tmp_path: Path) -> None:
+    """With the largest attention maps, of noise, and as many models and photos as are shown."""
+    run = Run(tmp_path, 60, 5, size=600)
+    rng = np.random.default_rng(0)
+    folder = run.add_attention("attention", MAPS)
+    for path in folder.glob("*.png"):
+        Image.fromarray(rng.integers(0, 256, (1500, 3000, 3), np.uint8)).save(path, compress_level=0)
+    for number in range(20):
+        run.add_metrics(f"orl-{number}", ["global", "intra", "inter"], 800)
+        run.add_score(result(f"orl-{number}", 60.0))
+        run.add_score(lowshot(f"orl-{number}", list(range(1, 9)), list(range(1, 9))))
+    assert len(run.write()) < 15e6
 
 
 def test_recall_of_the_proposals(tmp_path: Path) -> None:

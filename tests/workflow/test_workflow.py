@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,13 +62,14 @@ def snakemake(folder, config, *arguments):
 
 
 def plan(folder, config, *arguments):
-    """The jobs that would run: rule -> number; `all` and nothing-to-do left out."""
+    """The jobs that would run: rule -> number; without `all`, and `graph`, which comes with any other jobs."""
     done = snakemake(folder, config, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
     table = text.partition("Job stats:")[2].partition("total")[0]
     jobs = {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)\s*$", table, re.MULTILINE)}
     jobs.pop("all", None)
+    jobs.pop("graph", None)
     assert jobs or "Nothing to be done" in text
     return jobs
 
@@ -137,7 +139,9 @@ def test_the_run_makes_every_file(finished):
     pairs = artifacts.read_results(results / "downstream" / "pairs.json")
     assert (pairs["model"], pairs["metrics"]["pairs"]) == ("pairs", len(found.pair))
     assert 0 <= pairs["metrics"]["precision"] <= 1
-    assert "Recall of large objects" in (results / "report" / "index.html").read_text()
+    page = (results / "report" / "index.html").read_text()
+    for text in ("Recall of large objects", "What was run", ">stage3<", "Time and memory of each rule", "Throughput"):
+        assert text in page
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
 
@@ -171,6 +175,74 @@ def test_the_page_stands_alone(finished):
     page.feed((finished / "results" / "tiny" / "report" / "index.html").read_text())
     assert page.loaded
     assert all(value.startswith(("data:", "#")) for value in page.loaded)
+
+
+def reported(folder, config):
+    """What `snakemake --report` shows: file -> caption, the categories, and the files of the archive by name."""
+    done = snakemake(folder, config, "--report", "report.zip")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(folder / "report.zip") as archive:
+        files = {Path(name).name: archive.read(name) for name in archive.namelist()}
+    found = {}
+    for name in ("results", "categories"):
+        (line,) = re.findall(rf"^ *var {name} = (\{{.+\}})", files["report.html"].decode(), re.MULTILINE)
+        found[name] = json.loads(line)
+    captions = {path.removeprefix("results/tiny/"): one["caption"] for path, one in found["results"].items()}
+    return captions, set(found["categories"]), files
+
+
+def test_snakemakes_report_explains_every_kind_of_result(copy):
+    """Of a finished run; then of all tasks, whose files need not be real."""
+    captions, categories, files = reported(copy, TINY)
+    assert categories == {"Page of the run", "Trainings", "Scores of the models", "Regions and pairs (stage 2)"}
+    assert files["index.html"] == (copy / "results/tiny/report/index.html").read_bytes()
+    assert "Stage 3" in files["report.html"].decode()
+
+    every = changed(downstream={"tasks": ["all"]})
+    done = snakemake(copy, every, "--dry-run")
+    for names in re.findall(r"^    output: (.+)$", done.stdout + done.stderr, re.MULTILINE):
+        for path in (copy / name for name in names.split(", ")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.name == "attention":
+                path.mkdir()
+                path /= "contact_sheet.png"
+            if not path.exists():
+                path.write_text("{}")
+    captions, categories, _ = reported(copy, every)
+    assert set(captions) == {
+        "report/index.html",
+        "attention/contact_sheet.png",
+        *(f"models/{model}/metrics.csv" for model in ("stage1", "orl")),
+        *(f"downstream/{name}.json" for name in ("proposals", "pairs", "localization")),
+        *(f"downstream/{model}/{task}.json" for model in ("random", "stage1", "orl") for task in (
+            "voc07_svm", "voc07_lowshot", "knn.objects", "linear.objects", "semi.objects", "detection", "segmentation",
+            "localization")),
+    }  # fmt: skip
+    assert "Other" not in categories
+    assert all("system-message" not in caption and len(caption) > 100 for caption in captions.values())
+    told = PROJECT / "workflow" / "report"
+    assert len(set(captions.values())) >= len([one for one in told.glob("*.rst") if one.stem != "workflow"])
+    assert "of <tt" in captions["downstream/orl/knn.objects.json"]
+
+
+def test_people_are_told_what_a_run_is_made_of_and_last_of_all_what_came_out(copy):
+    done = snakemake(copy, changed(repeats=2, variants={"b": {"stage1": {"method": "moco"}}}), "--dry-run")
+    assert done.stderr.splitlines() == [
+        "orl: run tiny: 24 generated scenes",
+        "orl: trained (8): stage1 (byol, 2 epochs), stage1-b (moco, 2 epochs), orl (2 epochs), orl-b (2 epochs)",
+        "orl: measured (12): random, stage1, orl, random-b, stage1-b, orl-b",
+        "orl: by the tasks: voc07_svm",
+        "orl: left out by downstream.tasks: voc07_lowshot, linear, semi, knn, detection, segmentation, localization, "
+        "attention",
+        "orl: results in results/tiny, the page in results/tiny/report/index.html",
+    ]
+    done = snakemake(copy, TINY, "--forcerun", "report")
+    assert done.returncode == 0, done.stderr
+    *scores, page = (copy / "results/tiny/logs/report.log").read_text().splitlines()
+    assert page == "page: results/tiny/report/index.html"
+    assert [line.split()[3] for line in scores] == ["random:", "stage1:", "orl:"]
+    assert done.stdout.splitlines() == 2 * [*scores, page]  # by the command, and below Snakemake's last words
+    assert "page:" not in snakemake(copy, TINY, "--forcerun", "manifest", "--until", "manifest").stdout
 
 
 # Jobs after other pairs, and of another seed
@@ -348,7 +420,7 @@ def test_a_change_is_made_and_going_back_finds_what_a_variant_holds(copy):
     done = snakemake(copy, changed(variants={"small": other}))
     assert done.returncode == 0, done.stdout + done.stderr
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-    assert ran == {"stage3", "features", "voc07_svm", "report", "all"}
+    assert ran == {"stage3", "features", "voc07_svm", "report", "graph", "all"}
     assert (copy / "results/tiny/models/orl/backbone.safetensors").read_bytes() == before
     assert (copy / "results/tiny/models/orl-small/backbone.safetensors").read_bytes() != before
     both = changed(variants={"small": other})
@@ -598,7 +670,7 @@ def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     done = snakemake(copy, config)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
-    assert {rule: ran.count(rule) for rule in ran if rule != "all"} == scored
+    assert {rule: ran.count(rule) for rule in ran if rule not in ("all", "graph")} == scored
     results = copy / "results" / "tiny"
     stage1 = results / "models" / "stage1"
     assert "layout ORL" in (results / "logs" / "stage1.log").read_text()

@@ -214,6 +214,17 @@ def photos(wildcards, input):
     return content(file, os.stat(file).st_mtime_ns) if file else ""
 
 
+def shown(file, caption, category, patterns=(), **labels):
+    """An output that `snakemake --report` shows; the caption is a file of workflow/report."""
+    return report(
+        file,
+        caption=f"../report/{caption}.rst",
+        category=category,
+        labels=labels,
+        patterns=list(patterns),
+    )
+
+
 def trained(file):
     """A file of every model that is trained to be evaluated."""
     return where(PLACES.trained(), file)
@@ -401,35 +412,6 @@ if "fetch_voc2007" in FETCHES and not root.endswith("VOCdevkit/VOC2007"):
     stop(
         f"config: downstream.voc07_svm.root: {root!r} must end in VOCdevkit/VOC2007 to be fetched."
     )
-
-# What is left out for want of data is said once.
-WANTED = set(RUN.downstream.tasks)
-if not any(map(labels, RUNS)) and WANTED & {"all", "voc07_svm", "voc07_lowshot"}:
-    print(
-        "orl: voc07_svm and voc07_lowshot are left out: downstream.voc07_svm.root is not given",
-        file=sys.stderr,
-    )
-if not SETS and WANTED & {"all", "linear", "semi", "knn"}:
-    print(
-        "orl: linear, semi and knn are left out: downstream.sets is not given",
-        file=sys.stderr,
-    )
-if not any(map(mask_root, RUNS)) and WANTED & {"all", "detection", "segmentation"}:
-    print(
-        "orl: detection and segmentation are left out: downstream.detection.root is not given",
-        file=sys.stderr,
-    )
-if not objects() and WANTED & {"all", "localization"}:
-    print(
-        "orl: localization is left out: neither data.objects nor data.annotations has the boxes of the photos' objects",
-        file=sys.stderr,
-    )
-for name in SETS:
-    if not any(set_root(name, v) for v in RUNS):
-        print(
-            f"orl: the labelled set {name} is left out: downstream.sets.{name}.root is not given",
-            file=sys.stderr,
-        )
 
 
 wildcard_constraints:

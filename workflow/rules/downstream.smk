@@ -29,7 +29,13 @@ rule voc07_svm:
         scenes=ROOT if SCENES else [],
         labels=lambda wildcards: label_files(wildcards.v),
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/voc07_svm.json",
+            "voc07_svm",
+            "Scores of the models",
+            task="Linear SVMs (VOC07)",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/voc07_svm.log",
     benchmark:
@@ -54,7 +60,13 @@ rule voc07_lowshot:
         scenes=ROOT if SCENES else [],
         labels=lambda wildcards: label_files(wildcards.v),
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/voc07_lowshot.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/voc07_lowshot.json",
+            "voc07_lowshot",
+            "Scores of the models",
+            task="Low-shot SVMs (VOC07)",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/voc07_lowshot.log",
     benchmark:
@@ -103,7 +115,13 @@ rule knn:
         scenes=ROOT if SCENES else [],
         lists=set_files,
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/knn.{{set}}.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/knn.{{set}}.json",
+            "knn",
+            "Scores of the models",
+            task="Nearest neighbours, {set}",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/knn.{{set}}.log",
     benchmark:
@@ -127,7 +145,13 @@ rule linear:
         scenes=ROOT if SCENES else [],
         lists=set_files,
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/linear.{{set}}.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/linear.{{set}}.json",
+            "linear",
+            "Scores of the models",
+            task="Linear heads, {set}",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/linear.{{set}}.log",
     benchmark:
@@ -235,7 +259,13 @@ rule semi:
     input:
         semi_runs,
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/semi.{{set}}.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/semi.{{set}}.json",
+            "semi",
+            "Scores of the models",
+            task="Few labels, {set}",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/semi.{{set}}.log",
     benchmark:
@@ -255,7 +285,13 @@ rule detection:
         scenes=ROOT if SCENES else [],
         annotations=mask_files,
     output:
-        result=f"{RESULTS}/downstream/{{model}}{{v}}/detection.json",
+        result=shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/detection.json",
+            "detection",
+            "Scores of the models",
+            task="Detection",
+            model="{model}{v}",
+        ),
         predictions=f"{RESULTS}/downstream/{{model}}{{v}}/detection.predictions.json",
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/detection.log",
@@ -285,7 +321,13 @@ rule segmentation:
         scenes=ROOT if SCENES else [],
         annotations=mask_files,
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/segmentation.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/segmentation.json",
+            "segmentation",
+            "Scores of the models",
+            task="Segmentation",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/segmentation.log",
     benchmark:
@@ -312,7 +354,13 @@ rule localization:
         backbone=evaluated,
         annotations=object_files(),
     output:
-        f"{RESULTS}/downstream/{{model}}{{v}}/localization.json",
+        shown(
+            f"{RESULTS}/downstream/{{model}}{{v}}/localization.json",
+            "localization",
+            "Scores of the models",
+            task="Objects without labels",
+            model="{model}{v}",
+        ),
     log:
         f"{RESULTS}/logs/downstream/{{model}}{{v}}/localization.log",
     benchmark:
@@ -339,7 +387,13 @@ rule pair_boxes:
         correspondences=of("correspondences"),
         annotations=object_files(),
     output:
-        f"{RESULTS}/downstream/localization{{v}}.json",
+        shown(
+            f"{RESULTS}/downstream/localization{{v}}.json",
+            "pair_boxes",
+            "Regions and pairs (stage 2)",
+            measured="Objects that the most paired boxes hit",
+            run="localization{v}",
+        ),
     log:
         f"{RESULTS}/logs/pair_boxes{{v}}.log",
     benchmark:
@@ -361,7 +415,13 @@ rule attention:
         unpack(looked_at),
         scenes=ROOT if SCENES else [],
     output:
-        directory(f"{RESULTS}/attention{{v}}"),
+        shown(
+            directory(f"{RESULTS}/attention{{v}}"),
+            "attention",
+            "Attention maps",
+            patterns=["contact_{sheet}.png"],
+            run="attention{v}",
+        ),
     log:
         f"{RESULTS}/logs/attention{{v}}.log",
     benchmark:
@@ -412,7 +472,13 @@ rule proposals_recall:
         proposals=of("proposals"),
         annotations=object_files(),
     output:
-        f"{RESULTS}/downstream/proposals{{v}}.json",
+        shown(
+            f"{RESULTS}/downstream/proposals{{v}}.json",
+            "proposals_recall",
+            "Regions and pairs (stage 2)",
+            measured="Recall of objects by the boxes kept",
+            run="proposals{v}",
+        ),
     log:
         f"{RESULTS}/logs/proposals_recall{{v}}.log",
     benchmark:
@@ -436,7 +502,13 @@ rule pair_precision:
         correspondences=of("correspondences"),
         annotations=object_files(),
     output:
-        f"{RESULTS}/downstream/pairs{{v}}.json",
+        shown(
+            f"{RESULTS}/downstream/pairs{{v}}.json",
+            "pair_precision",
+            "Regions and pairs (stage 2)",
+            measured="Precision of the RoI pairs",
+            run="pairs{v}",
+        ),
     log:
         f"{RESULTS}/logs/pair_precision{{v}}.log",
     benchmark:

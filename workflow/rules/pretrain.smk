@@ -60,7 +60,12 @@ rule stage1:
     output:
         backbone=f"{RESULTS}/models/stage1{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/stage1{{v}}/model.safetensors",
-        metrics=f"{RESULTS}/models/stage1{{v}}/metrics.csv",
+        metrics=shown(
+            f"{RESULTS}/models/stage1{{v}}/metrics.csv",
+            "training",
+            "Trainings",
+            model="stage1{v}",
+        ),
     log:
         f"{RESULTS}/logs/stage1{{v}}.log",
     benchmark:
@@ -90,7 +95,12 @@ rule stage3:
     output:
         backbone=f"{RESULTS}/models/orl{{v}}/backbone.safetensors",
         model=f"{RESULTS}/models/orl{{v}}/model.safetensors",
-        metrics=f"{RESULTS}/models/orl{{v}}/metrics.csv",
+        metrics=shown(
+            f"{RESULTS}/models/orl{{v}}/metrics.csv",
+            "training",
+            "Trainings",
+            model="orl{v}",
+        ),
     log:
         f"{RESULTS}/logs/orl{{v}}.log",
     benchmark:
