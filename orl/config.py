@@ -618,6 +618,8 @@ class Config(Section):
     """Seed of every random choice."""
     repeats: Annotated[int, Field(ge=1, le=100)] = 1
     """How often all is done, with seeds `seed`, `seed` + 1, …; the report then gives mean and standard error."""
+    rounds: Annotated[int, Field(ge=1, le=10)] = 1
+    """How often stages 2 and 3 are done: from the second on, stage 2 takes the ORL weights of the round before."""
     measure: list[Measured] = ["random", "stage1", "pairs", "orl"]
     """Models to evaluate, and stage 2's boxes and pairs; what none of these needs is not made."""
     precision: Precision = "auto"
@@ -810,20 +812,45 @@ def variant(raw: dict, name: str | None) -> Config:
     return parse(merge(base, change), f"config, variant {name}")
 
 
-def runs(raw: dict) -> dict[str, Config]:
-    """The configurations of the run itself, of its variants, and of their repeats. Raises InputError.
+ROUND = re.compile(r"(-|(?<=.)_)round([1-9]\d*)(?=$|\.)")  # in the name of a run
 
-    They go by what the names of their files and folders end in: nothing or -VARIANT, and .seedN for a repeat.
+
+def runs(raw: dict) -> dict[str, Config]:
+    """The configurations of the run itself, of its variants, their rounds and their repeats. Raises InputError.
+
+    They go by what the names of their files and folders end in: nothing or -VARIANT, -roundN or -VARIANT_roundN from the
+    second round on, and .seedN for a repeat.
     """
     raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
     found = {}
     for name in (None, *raw.get("variants", {})):
         one = variant(raw, name)
         suffix = f"-{name}" if name else ""
+        if ROUND.search(suffix):
+            raise InputError(f"config: variants.{name}: such names are those of rounds; choose another.")
         for seed in range(one.seed, one.seed + one.repeats):
             repeat = merge(raw, {"variants": {name: {"seed": seed}}} if name else {"seed": seed})
-            found[suffix if seed == one.seed else f"{suffix}.seed{seed}"] = variant(repeat, name)
+            ending = f".seed{seed}" if seed != one.seed else ""
+            first = found[suffix + ending] = variant(repeat, name)
+            later = first.model_copy(update={"measure": [what for what in first.measure if what in ("pairs", "orl")]})
+            for number in range(2, first.rounds + 1):
+                found[f"{suffix}{'_' if name else '-'}round{number}{ending}"] = later
     return found
+
+
+def round_of(v: str) -> int:
+    """The number of the round that run `v` is, a key of `runs`."""
+    found = ROUND.search(v)
+    return int(found[2]) if found else 1
+
+
+def round_before(v: str) -> str | None:
+    """The run whose ORL weights are stage 1 of run `v`, a key of `runs`; None for a first round."""
+    found = ROUND.search(v)
+    if not found:
+        return None
+    before = int(found[2]) - 1
+    return v[: found.start()] + (f"{found[1]}round{before}" if before > 1 else "") + v[found.end() :]
 
 
 def used(config: Config, stage: str) -> dict:

@@ -115,10 +115,7 @@ Found = tuple[str, list[Path], str]
 
 def _stages(chain: Chain, *names: str) -> Iterator[tuple[str, str]]:
     """Those whose names begin so, by the run whose folder holds them."""
-    for stage in chain.places.upstream:
-        for v in chain.places.runs:
-            if stage.startswith(names) and chain.places.has(stage, v) and chain.places.owner(stage, v) == v:
-                yield stage, v
+    return (made for made in chain.places.stages() if made[0].startswith(names))
 
 
 def _is_current(chain: Chain, stage: str, v: str) -> bool:

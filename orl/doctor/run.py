@@ -102,7 +102,7 @@ class Examination:
     def __init__(self, chain: Chain, threads: int) -> None:
         self.chain, self.places, self.threads = chain, chain.places, threads
         self.needed = self.places.needed
-        self.asked = {(stage, self.places.owner(stage, v)) for stage, v in self.places.asked()}
+        self.asked = {self.places.made(stage, v) for stage, v in self.places.asked()}
         self.stale: set[tuple[str, str]] = set()
         self.manifest: artifacts.Manifest | None = None
         self.refused: list[str] = []  # the files that are no photo
@@ -111,10 +111,8 @@ class Examination:
     def findings(self) -> Iterator[Finding]:
         """All there is to say, in the order in which things are made."""
         yield from self._snakemake()
-        for stage in self.places.upstream:
-            for v in self.places.runs:
-                if self.places.has(stage, v) and self.places.owner(stage, v) == v:
-                    yield from self._stage(stage, v)
+        for stage, v in self.places.stages():
+            yield from self._stage(stage, v)
             if stage == "manifest" and self.manifest:
                 yield from self._photos(self.manifest)
         for what, why in self.labels.gone.items():
@@ -194,8 +192,9 @@ class Examination:
         if reasons:
             return Finding("stale", what, "; ".join(reasons), force, remove)
         for upstream in self.places.made_from(stage, v):
-            if (upstream, self.places.owner(upstream, v)) in self.stale:
-                return Finding("stale", what, f"made from {self.places.place(upstream, v)}, which is stale")
+            made = self.places.made(upstream, v)
+            if made in self.stale:
+                return Finding("stale", what, f"made from {self.places.place(*made)}, which is stale")
         return Finding("ok", what, text)
 
     def _said(self, message: str) -> str:
@@ -550,7 +549,7 @@ class Examination:
 
     def _exports(self) -> Iterator[Finding]:
         for stage, v in self.places.trained():
-            if self.places.owner(stage, v) != v:
+            if self.places.made(stage, v) != (stage, v):
                 continue
             backbone = self.chain.files(stage, v)[0]
             for form in self.chain.config(v).export:
@@ -605,7 +604,7 @@ class Examination:
                 try:
                     step = left.step_of(checkpoint)
                 except InputError as error:
-                    again = made is not None and (made[0], self.places.owner(*made)) in self.needed
+                    again = made is not None and self.places.made(*made) in self.needed
                     yield Finding("damaged", what, self._said(str(error)), remove=(str(folder),), again=again)
                     continue
                 text = f"{self._told(made, folder.name, Path(str(state).removesuffix('.state')))}, step {step}, {size}"

@@ -21,6 +21,7 @@ from orl.doctor.estimate import duration
 NODE = re.compile(r"^\s*(\d+)\[label = \"(\w+)(?:\\nmerged: (\w+))?", re.MULTILINE)  # of `snakemake --dag dot`
 EDGE = re.compile(r"^\s*(\d+) -> (\d+)$", re.MULTILINE)
 LEFT_OUT = ("all", "graph", "merge")  # rules that make nothing new of the run's
+NEXT_ROUND = (("stage3", "embed"), ("stage3", "rois"))  # where a further round begins, through the same rules
 BOX, STEP = (104, 40), (124, 50)  # of the graph, drawing units: size of a rule, distance of the next
 
 
@@ -146,6 +147,7 @@ def graph(path: Path, took: list[Cost]) -> Graph:
         rules.add_edges_from(itertools.product(list(rules.pred[one]), list(rules.succ[one])))
         rules.remove_node(one)
     rules = nx.relabel_nodes(rules, {one: one[0] for one in rules})
+    rules.remove_edges_from(NEXT_ROUND)
     if not rules or not nx.is_directed_acyclic_graph(rules):
         raise InputError(f"{path}: is no graph of rules; make it again.")
     rules = nx.transitive_reduction(rules)

@@ -499,6 +499,23 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
     assert plan(copy, config) == {}
 
 
+def test_a_second_round_pairs_by_the_orl_weights_and_trains_again(copy):
+    config = changed(rounds=2)
+    jobs = plan(copy, config)
+    assert jobs == {"embed": 1, "merge": 2, "neighbors": 1, "rois": 3, "correspond": 2, "stage3": 1, "features": 1,
+                    "voc07_svm": 1, "pair_precision": 1, "report": 1}  # fmt: skip
+    done = snakemake(copy, config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = copy / "results" / "tiny"
+    orl_model, second = (results / "models" / name / "backbone.safetensors" for name in ("orl", "orl-round2"))
+    rois = results / "discovery-round2" / "rois" / "0001-of-0003.h5"
+    assert json.loads(artifacts.attributes(rois)["inputs"])["backbone"] == artifacts.fingerprint(orl_model)
+    assert artifacts.fingerprint(second) != artifacts.fingerprint(orl_model)
+    page = (results / "report" / "index.html").read_text()
+    assert "orl-round2" in page and 'aria-label="The rules of the run: ' in page
+    assert is_sound(copy)
+
+
 def test_every_task_on_every_model(copy):
     """With labels of photos, of random weights and of given ones; each result again only after what it depends on."""
     small = {"resize": 36, "size": 32}
