@@ -43,7 +43,8 @@ def test_the_ablations_can_be_laid_over_other_configs(files):
         raw = config.merge(raw, config.read(str(PROJECT / "config" / f"{name}.yaml")))
     run = places(**{**raw, "repeats": 1})
     asked = config.read(str(PROJECT / "config" / "ablations.yaml"))["variants"]
-    assert {run.owner("stage3", f"-{name}") for name in asked} == {f"-{name}" for name in asked}  # none is the run's own
+    # None is the run's own.
+    assert {run.owner("stage3", f"-{name}") for name in asked} == {f"-{name}" for name in asked}
     assert {run.owner("stage1", f"-{name}") for name in asked} == {"", "-simclr", "-moco"}
     assert {run.owner("rois", f"-{name}") for name in ("k1", "ratio50", "no_global", "random_neighbors")} == {""}
 

@@ -1,6 +1,7 @@
 """Ablations: the variants of a run's stage 3 beside the run's own model, by the question that each asks."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from orl import artifacts, config
 from orl.places import Places
 from orl.report import figures
 from orl.report.figures import Chart
-from orl.report.repeats import by_arm, mean
+from orl.report.repeats import Mean, by_arm, mean
 from orl.report.scores import first_score
 
 LOSSES, SEVERAL = "losses of stage 3", "several settings"  # questions about more than one setting
@@ -39,10 +40,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Ablations:
-    """All questions of a run, and the score that answers them."""
+    """All questions of a run, the score that answers them, and that of its stage 1, if known."""
 
     score: str
     questions: list[Question]
+    stage1: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ class _Arm:
     changed: dict[str, Any]
     scores: list[float]
     precisions: list[float]
+
+    @property
+    def mean(self) -> Mean:
+        return mean(self.scores)
+
+    def shown(self) -> list[float]:
+        """What an axis must reach to."""
+        bar = 0 if math.isnan(self.mean.error) else 2 * self.mean.error
+        return [*self.scores, self.mean.value - bar, self.mean.value + bar]
 
 
 def ablations(raw: dict, scores_paths: Sequence[str], pairs_paths: Sequence[str]) -> Ablations | None:
@@ -83,10 +94,12 @@ def ablations(raw: dict, scores_paths: Sequence[str], pairs_paths: Sequence[str]
     own = asked.pop("", None)
     if not own or not asked:
         return None
-    stage1 = [scores[model] for model in by_arm(scores).get("stage1", [])]
+    stage1 = [mean([scores[model] for model in models]) for models in [by_arm(scores).get("stage1")] if models]
+    dashed = [one.value for one in stage1]
+    shown = [value for arm in (*own, *(arm for arms in asked.values() for arm in arms)) for value in arm.shown()]
     order = sorted(asked, key=SEVERAL.__eq__)  # which comes last
-    questions = [_answer(key, own[0], asked[key], settings.get(key), score, stage1) for key in order]
-    return Ablations(score, questions)
+    questions = [_answer(key, own[0], asked[key], settings.get(key), score, dashed, shown) for key in order]
+    return Ablations(score, questions, stage1[0].text(2) if stage1 else "")
 
 
 def _decide(places: Places, stage: str, v: str) -> dict[str, Any]:
@@ -118,7 +131,15 @@ def _question(changed: Mapping[str, Any]) -> str:
     return SEVERAL if len(keys) > 1 else "".join(keys)
 
 
-def _answer(key: str, own: _Arm, variants: list[_Arm], value: Any, score: str, stage1: list[float]) -> Question:
+def _answer(
+    key: str,
+    own: _Arm,
+    variants: list[_Arm],
+    value: Any,
+    score: str,
+    dashed: list[float],
+    shown: list[float],
+) -> Question:
     """The rows and the chart of a question; `value`: the run's own, of one about a single setting."""
     names = {own.model: OWN}
     names |= {arm.model: ", ".join(f"{one}: {_text(new)}" for one, new in arm.changed.items()) for arm in variants}
@@ -131,30 +152,23 @@ def _answer(key: str, own: _Arm, variants: list[_Arm], value: Any, score: str, s
         arms.sort(key=lambda arm: _order(values[arm.model]))
         is_number = all(_order(one)[0] == 1 for one in values.values())
         ticks = [f"{values[arm.model]:g}" for arm in arms] if is_number else ticks
-    means = {arm.model: mean(arm.scores) for arm in arms}
     rows = [
         Row(
             names[arm.model],
             arm.model,
             len(arm.scores),
-            means[arm.model].text(2),
-            "" if arm is own else means[arm.model].minus(means[own.model]).text(2, sign=True),
+            arm.mean.text(2),
+            "" if arm is own else arm.mean.minus(own.mean).text(2, sign=True),
             mean(arm.precisions).text(2) if arm.precisions else "–",
         )
         for arm in arms
     ]
-    dashed = [mean(stage1).value] if stage1 else []
     alt = f"{key}, {score}, in percent: {'; '.join(f'{row.setting} {row.score}' for row in rows)}"
-    notes = [config.description(key), f"Diamond: {OWN}."]
-    if dashed:
-        alt += f"; stage 1 {dashed[0]:.2f}"
-        notes.append(f"Dashed: stage 1, {dashed[0]:.2f}.")
-    if max(row.seeds for row in rows) > 1:
-        notes.append("Bars: ± 2 standard errors; small dots: seeds.")
-    drawn = [(tick, arm.scores, means[arm.model]) for tick, arm in zip(ticks, arms, strict=True)]
-    picture = figures.dots(drawn, dashed, "percent", alt, "value" if is_number else "setting", arms.index(own))
+    drawn = [(tick, arm.scores, arm.mean) for tick, arm in zip(ticks, arms, strict=True)]
+    ylabel = "value" if is_number else "setting"
+    picture = figures.dots(drawn, dashed, "percent", alt, ylabel, arms.index(own), shown)
     told = [] if is_number else [f"{tick}: {row.setting}" for tick, row in zip(ticks, rows, strict=True)]
-    return Question(rows, Chart(key, picture, [], " ".join(notes).strip(), told))
+    return Question(rows, Chart(key, picture, [], config.description(key).replace("`", ""), told))
 
 
 def _text(value: Any) -> str:

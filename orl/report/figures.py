@@ -212,11 +212,12 @@ def dots(
     alt: str,
     ylabel: str = "model",
     own: int | None = None,
+    shown: Sequence[float] = (),
 ) -> Picture:
     """A chart of rows by number, the first on top: of each the mean and, below it, small dots for several values.
 
     The mean's bar is two standard errors to either side; `dashed`: where dashed lines stand; `own`: the row whose mean
-    is a black diamond.
+    is a black diamond; `shown`: further values that the axis reaches to.
     """
 
     def draw(axes: Any) -> None:
@@ -229,6 +230,8 @@ def dots(
             axes.errorbar(mean.value, row - 0.1, xerr=2 * mean.error, fmt=marker, color=color, markersize=5, capsize=3)
         axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticks(range(len(rows)), labels=[number for number, *_ in rows])
+        axes.update_datalim([(value, 0) for value in shown], updatey=False)
+        axes.autoscale_view(scaley=False)
 
     return _chart(draw, alt, height=0.8 + 0.3 * max(3, len(rows)))
 
