@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from orl import artifacts, config
@@ -27,7 +28,7 @@ class Row:
     seeds: int
     score: str
     difference: str  # to the run's own model
-    precision: str  # of the pairs that it was trained with
+    precision: str  # of its pairs
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def ablations(raw: dict, scores_paths: Sequence[str], pairs_paths: Sequence[str]
     A question is what the variants ask that change the same setting. Raises InputError.
     """
     found = first_score(scores_paths)
-    runs = config.runs(raw)
-    places = Places(runs, "", {})
-    if not found or f"{found[0]} stage3" not in places.upstream:
+    if not found:
         return None
-    stage, score, scores = f"{found[0]} stage3", *found[1:]
+    task, score, scores = found
+    stage, runs = f"{task} stage3", config.runs(raw)
+    places = Places(runs, "", {})
+    if stage not in places.upstream or not places.has(stage, ""):
+        return None
     results = [artifacts.read_results(path) for path in pairs_paths]
     precisions = {str(one["model"]): 100 * float(one["metrics"]["precision"]) for one in results}
     settings = _decide(places, stage, "")
@@ -91,15 +94,15 @@ def ablations(raw: dict, scores_paths: Sequence[str], pairs_paths: Sequence[str]
         )
         if arm.scores and (arm.changed or model == "orl"):
             asked.setdefault(_question(arm.changed), []).append(arm)
-    own = asked.pop("", None)
-    if not own or not asked:
+    own, *_ = asked.pop("", [None])
+    if own is None or not asked:
         return None
-    stage1 = [mean([scores[model] for model in models]) for models in [by_arm(scores).get("stage1")] if models]
-    dashed = [one.value for one in stage1]
-    shown = [value for arm in (*own, *(arm for arms in asked.values() for arm in arms)) for value in arm.shown()]
+    stage1 = [scores[model] for model in by_arm(scores).get("stage1", [])]
+    dashed = [mean(stage1).value] if stage1 else []
+    shown = [value for arm in (own, *chain(*asked.values())) for value in arm.shown()]
     order = sorted(asked, key=SEVERAL.__eq__)  # which comes last
-    questions = [_answer(key, own[0], asked[key], settings.get(key), score, dashed, shown) for key in order]
-    return Ablations(score, questions, stage1[0].text(2) if stage1 else "")
+    questions = [_answer(key, own, asked[key], settings.get(key), score, dashed, shown) for key in order]
+    return Ablations(score, questions, mean(stage1).text(2) if stage1 else "")
 
 
 def _decide(places: Places, stage: str, v: str) -> dict[str, Any]:

@@ -167,22 +167,21 @@ def tasks(runs: Mapping[str, Sequence[str]]) -> list[Task]:
 
 
 def first_score(paths: Sequence[str]) -> tuple[str, str, dict[str, float]] | None:
-    """The first task in which models have scores of their own: the stage that makes them (see `places`, without the
-    model), what the score is called, and that of each model in percent: by the most photos, the last stage, the first
-    of several measures. Raises InputError.
+    """The first task of the model `orl`: TASK or TASK.SET, what the score is called, and that of each model in percent.
+
+    It is the first of several measures, the last of several stages, and that by the most labels or neighbours.
+    Raises InputError. None: there is no such task.
     """
     for (task, name), models in _readings({"": paths}).items():
-        if task == "localization":
+        own = models.get(Model("orl"))
+        if own is None or task == "localization":  # by which boxes are compared
             continue
-        score, series = next(iter(next(iter(models.values())).scores.items()))
+        score, series = next((score, series) for score, series in own.scores.items() if series)
         key = 0 if 0 in series else max(series)
-        of = f"{TITLES.get(task, task)}{f': {name}' if name else ''}, {score}{WHERE.get(task, '').format(key)}"
+        title = f"{TITLES.get(task, task)}{name and f': {name}'}, {score}{WHERE.get(task, '').format(key)}"
         given = {model.name: one.scores[score] for model, one in models.items()}
-        return (
-            f"{task}.{name}" if name else task,
-            of,
-            {model: series[key].value for model, series in given.items() if key in series},
-        )
+        scores = {model: values[key].value for model, values in given.items() if key in values}
+        return f"{task}{name and f'.{name}'}", title, scores
     return None
 
 
