@@ -688,7 +688,7 @@ RESULT_VERSION: dict[str, int] = {
     "embeddings": 2,
     "neighbors": 2,
     "pair_precision": 2,
-    "report": 3,
+    "report": 4,
     "rois": 2,
     "stage1": 4,
     "stage3": 4,
@@ -940,6 +940,13 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
             flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
         ).items()
     }
+
+
+def description(key: str) -> str:
+    """What a setting is, as config/README.md says it; empty where its name is the user's."""
+    path = key.split(".")
+    field = getattr(_model_at(path), "model_fields", {}).get(path[-1])
+    return (field and field.description) or ""
 
 
 def methods_table() -> str:

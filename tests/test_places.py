@@ -1,9 +1,13 @@
 """Where the stages of a run and its variants lie, which of them share a folder, and what a run needs."""
 
+from pathlib import Path
+
 import pytest
 
 from orl import config
 from orl.places import Places, holds_boxes
+
+PROJECT = Path(__file__).parents[1]
 
 
 def places(held=None, **raw):
@@ -55,6 +59,19 @@ def test_given_weights_are_stage_1_of_the_first_round_alone():
     run = places(rounds=2, stage1={"weights": "weights.pth"})
     assert (run.given(""), run.given("-round2")) == ("weights.pth", None)
     assert "manifest" in {stage for stage, _ in run.needed}
+
+
+@pytest.mark.parametrize("files", [["config"], ["scenes-evidence"], ["coco-small", "coco-small-cpu"], ["coco"]])
+def test_the_ablations_can_be_laid_over_other_configs(files):
+    raw = {}
+    for name in (*files, "ablations"):
+        raw = config.merge(raw, config.read(str(PROJECT / "config" / f"{name}.yaml")))
+    run = places(**{**raw, "repeats": 1})
+    asked = config.read(str(PROJECT / "config" / "ablations.yaml"))["variants"]
+    # None is the run's own.
+    assert {run.owner("stage3", f"-{name}") for name in asked} == {f"-{name}" for name in asked}
+    assert {run.owner("stage1", f"-{name}") for name in asked} == {"", "-simclr", "-moco"}
+    assert {run.owner("rois", f"-{name}") for name in ("k1", "ratio50", "no_global", "random_neighbors")} == {""}
 
 
 def test_settings_that_another_folder_holds_are_found_there():

@@ -16,10 +16,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from orl import InputError, __version__, artifacts
+from orl import InputError, __version__, artifacts, config
 from orl.data import decode
 from orl.data.manifest import load
 from orl.report import figures, run
+from orl.report.ablations import ablations
 from orl.report.figures import Chart, Drawing, Line, Picture, Style, line_chart
 from orl.report.repeats import by_arm, mean
 from orl.report.scores import given_once, rank, result_of, tasks
@@ -142,6 +143,7 @@ def report(
         "rule_box": run.BOX,
         "left_out": left_out,
         "tasks": scores,
+        "ablations": ablations(config.read(f"{results}/config.json"), scores_paths, pairs_paths) if results else None,
         "curves": _curves(metrics_paths),
         "attention": [_attention(path) for path in attention_paths],
         "recalls": recalls,

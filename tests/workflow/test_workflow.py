@@ -326,6 +326,22 @@ def test_a_run_with_repeats_makes_each_thing_once(tmp_path, settings, jobs):
     assert plan(tmp_path, changed(**settings)) == jobs
 
 
+def test_the_ablations_share_all_that_their_settings_leave_alone(tmp_path):
+    """config/ablations.yaml over the shipped scenes: K, ratio and the losses need nothing before what they change."""
+    files = [str(PROJECT / "config" / f"{name}.yaml") for name in ("config", "ablations")]
+    jobs = plan(tmp_path, {}, "--configfile", *files)
+    models = 1 + 2, 1 + 15  # of stage 1 and of stage 3: the run's own and the variants'
+    boxes = 1 + 4  # three numbers of them, and random ones
+    rois = boxes + 2  # features of two more models of stage 1
+    pairs = models[1] - 3  # the losses have the run's own
+    assert jobs == {
+        "scenes": 1, "manifest": 1, "random": 1, "stage1": models[0], "embed": models[0], "propose": 2 * boxes,
+        "rois": 2 * rois, "neighbors": 1 + 4 + 2, "correspond": 2 * pairs, "merge": models[0] + boxes + pairs,
+        "stage3": models[1], "features": 1 + sum(models), "voc07_svm": 1 + sum(models), "proposals_recall": boxes,
+        "pair_precision": pairs, "attention": 1, "report": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("measure", "without", "scores"),
     [
