@@ -366,15 +366,15 @@ def _pairs(
         return Pair(kind, max(values, default=-1.0), caption, drawing)
 
     def extremes(kind: str, order: np.ndarray) -> list[Pair]:
-        """The first RoI pairs in an order of `entries`, each of other photos than those before."""
+        """The first RoI pairs in an order of `entries`, each of other photos than those before: one may lead many."""
         found: list[Pair] = []
-        seen = set()
+        seen: set[int] = set()
         for entry in map(int, entries[order]):
             slot = int(np.searchsorted(offsets, entry, "right")) - 1
-            photos = frozenset((slot // k, int(pairs.neighbor[slot // k, slot % k])))
-            if photos in seen:
+            photos = {slot // k, int(pairs.neighbor[slot // k, slot % k])}
+            if photos & seen:
                 continue
-            seen.add(photos)
+            seen |= photos
             found.append(draw(kind, slot, range(entry, entry + 1)))
             if len(found) == EXTREME_PAIRS:
                 break

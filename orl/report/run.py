@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import networkx as nx
 
@@ -22,6 +23,7 @@ NODE = re.compile(r"^\s*(\d+)\[label = \"(\w+)(?:\\nmerged: (\w+))?", re.MULTILI
 EDGE = re.compile(r"^\s*(\d+) -> (\d+)$", re.MULTILINE)
 LEFT_OUT = ("all", "graph", "merge")  # rules that make nothing new of the run's
 NEXT_ROUND = (("stage3", "embed"), ("stage3", "rois"))  # where a further round begins, through the same rules
+LONG = 60  # characters of a list of settings that is shown whole
 BOX, STEP = (104, 40), (124, 50)  # of the graph, drawing units: size of a rule, distance of the next
 
 
@@ -59,10 +61,18 @@ def settings(path: Path) -> list[tuple[str, str, str]]:
         raise InputError(f"{path}: is no config of a run ({error}); start the run again.") from None
     ours, theirs = (config.flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
     return [
-        (key, json.dumps(value, ensure_ascii=False), json.dumps(theirs[key]) if key in theirs else "–")
+        (key, _text(value), _text(theirs[key]) if key in theirs else "–")
         for key, value in ours.items()
         if key != "name" and (key not in theirs or theirs[key] != value)
     ]
+
+
+def _text(value: Any) -> str:
+    """A setting as JSON, of a long list its ends."""
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list) and len(text) > LONG:
+        return f"[{json.dumps(value[0])}, …, {json.dumps(value[-1])}], {len(value)} in all"
+    return text
 
 
 def costs(folder: Path) -> list[Cost]:

@@ -10,6 +10,7 @@ from test_run import DOT, benchmark
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 300_000  # ms: a busy machine needs longer than Playwright's 30 s
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
@@ -18,7 +19,7 @@ def browser() -> Iterator:
     if not CHROMIUM:
         pytest.skip("there is no Chromium (Debian: apt install chromium)")
     with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield found
         found.close()
 
@@ -54,6 +55,7 @@ def page(request: pytest.FixtureRequest, browser, path: Path) -> Iterator:
     """The page, opened on a screen; at the end, nothing was asked of the network and no error was told."""
     width, height = SIZES[request.param]
     found = browser.new_page(viewport={"width": width, "height": height})
+    found.set_default_timeout(PATIENCE)
     requests, errors = [], []
     found.on("request", lambda one: requests.append(one.url))
     found.on("console", lambda one: errors.append(one.text) if one.type in ("error", "warning") else None)
@@ -119,6 +121,7 @@ def test_all_can_be_reached_by_keyboard(page) -> None:
 def test_without_scripts_all_pairs_are_there(browser, path: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(path.as_uri())
     assert page.locator("figure.pair:visible").count() == page.locator("figure.pair").count() > 10
     assert page.locator(".filter:visible").count() == 0

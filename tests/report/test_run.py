@@ -62,6 +62,8 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"name": "mine", "seed": 3, "neighbors": {"k": 10}, "variants": {"b": {"seed": 4}}}))
     assert run.settings(path) == [("seed", "3", "0"), ("variants.b.seed", "4", "–")]  # ten neighbours are the default
+    path.write_text(json.dumps({"downstream": {"voc07_svm": {"costs": [0.5]}}}))
+    assert run.settings(path) == [("downstream.voc07_svm.costs", "[0.5]", "[1.9073486328125e-06, …, 100.0], 19 in all")]
     path.write_text("{")
     with pytest.raises(InputError, match=r"config.json: is no config of a run"):
         run.settings(path)
