@@ -217,6 +217,8 @@ class Proposals(Section):
     """Longest side of the photo that selective search sees, pixels; not given: full size. About 300 is much faster."""
     min_size: Annotated[int, Field(ge=1)] = 96
     """Smallest width and height of a kept box, pixels."""
+    min_share: Probability = 0.0
+    """The same as a share of the photo's shorter side, where that is more: 0.2 is 96 of 480 pixels, 605 of 3024."""
     max_aspect: Annotated[float, Field(ge=1)] = 3.0
     """Largest width / height and height / width of a kept box."""
     max_iou: Probability = 0.5

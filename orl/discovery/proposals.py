@@ -147,7 +147,8 @@ def _kept(config: Config, root: str, manifest: artifacts.Manifest, row: int) -> 
     image = load(root, manifest, row, config.data.exif)
     raw = raw_boxes(image, config.proposals, photo_seed(config.seed, str(manifest.image_id[row])))
     limits = config.proposals
-    return filter_boxes(raw, limits.min_size, limits.max_aspect, limits.max_iou, limits.top_n)
+    min_size = max(limits.min_size, round(limits.min_share * min(image.shape[:2])))
+    return filter_boxes(raw, min_size, limits.max_aspect, limits.max_iou, limits.top_n)
 
 
 def propose(

@@ -16,6 +16,7 @@ import numpy as np
 
 from orl import InputError, artifacts
 from orl.config import EXPORTS, used, used_by_share
+from orl.data.decoded import beside
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, differences, open_run, rule_of
 from orl.doctor.labels import Labels, is_newer
@@ -269,7 +270,7 @@ class Examination:
                 "missing", what, f"there is no such folder{advice}", ("scenes",) if self.places.scenes else ()
             )
             return
-        made = os.stat(f"{self.places.results}/manifest.csv").st_mtime
+        made = os.stat(f"{self.places.results}/manifest.csv").st_mtime_ns
         try:
             found = compare(self.places.run, root, manifest, made, self.refused, self.threads)
         except InputError as error:
@@ -588,6 +589,10 @@ class Examination:
             yield Finding("ok", what, "newer than all that it shows")
 
     def _states(self) -> Iterator[Finding]:
+        decoded = beside(self.places.found("manifest"))
+        if decoded.exists():
+            text = f"the photos decoded so far, {left.human(left.size_of(decoded))}; `orl manifest` takes them over"
+            yield Finding("note", self.chain.short(decoded), text)
         models = {self.places.found(stage, v): (stage, v) for stage in ("stage1", "stage3") for v in self.places.runs}
         for state in left.states(self.places.results):
             what = self.chain.short(state)
