@@ -60,9 +60,8 @@ class Encoder:
             try:
                 with self.autocast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     parts = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2).split(self.most)
-                    found = torch.cat(
-                        [self.network(backbones.normalize(part, self.mean, self.std)).float() for part in parts]
-                    )
+                    inputs = (backbones.normalize(part, self.mean, self.std) for part in parts)
+                    found = torch.cat([self.network(part).float() for part in inputs])
                 break
             except torch.OutOfMemoryError:
                 if self.most == 1:
