@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from typing import Any, Literal
 
 import torch
@@ -55,39 +56,33 @@ def code(framework: Literal["torchvision", "timm", "detectron2"], name: str, fil
     """
     depth = int(name.removeprefix("resnet"))
     if framework == "detectron2":
-        options = ", ".join(repr(part) for option in _detectron2(depth) for part in option).replace("'", '"')
+        options = textwrap.wrap(_detectron2(depth).replace(", ", ","), 110, drop_whitespace=False)
         lines = [
-            "from detectron2 import checkpoint, model_zoo, modeling",
+            "from detectron2 import checkpoint, model_zoo, modeling\n",
             'cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")',
-            f"cfg.merge_from_list([{options}])",
+            "cfg.merge_from_list(\n    " + "\n    ".join(f'"{line}"' for line in options) + ".split()\n)",
             f'checkpoint.DetectionCheckpointer(model := modeling.build_model(cfg)).load("{file}")',
         ]
         return "" if depth == 10 else "\n".join(lines)
     if framework == "timm" and depth > 10:
-        return f'import timm\nmodel = timm.create_model("{name}", num_classes=0, checkpoint_path="{file}")'
+        return f'import timm\n\nmodel = timm.create_model("{name}", num_classes=0, checkpoint_path="{file}")'
     resnet, without = f"{framework}.models.resnet", ", num_classes=0" if framework == "timm" else ""
     small = f"{resnet}.ResNet({resnet}.BasicBlock, [1, 1, 1, 1]{without})"
-    missing = "" if without else ", strict=False)  # misses only fc.*"
     lines = [
-        f"import safetensors.torch, {framework}",
+        f"import safetensors.torch, {framework}\n",
         f"model = {small if depth == 10 else f'torchvision.models.{name}()'}",
-        f'model.load_state_dict(safetensors.torch.load_file("{file}"){missing or ")"}',
+        f'model.load_state_dict(safetensors.torch.load_file("{file}"){"" if without else ", strict=False"})',
     ]
     return "\n".join(lines)
 
 
-def _detectron2(depth: int) -> list[tuple[str, Any]]:
-    """The settings with which Detectron2 builds the network that the weights are of."""
-    return [
-        ("MODEL.RESNETS.DEPTH", depth),
-        *([("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)] if depth < 50 else []),
-        ("MODEL.RESNETS.STRIDE_IN_1X1", False),
-        ("MODEL.RESNETS.NORM", "SyncBN"),
-        ("MODEL.BACKBONE.FREEZE_AT", 0),
-        ("INPUT.FORMAT", "RGB"),
-        ("MODEL.PIXEL_MEAN", MEAN),
-        ("MODEL.PIXEL_STD", STD),
-    ]
+def _detectron2(depth: int) -> str:
+    """The settings, as on a command line, with which Detectron2 builds the network that the weights are of."""
+    narrow = "" if depth >= 50 else " MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+    return (
+        f"MODEL.RESNETS.DEPTH {depth}{narrow} MODEL.RESNETS.STRIDE_IN_1X1 False MODEL.RESNETS.NORM SyncBN "
+        f"MODEL.BACKBONE.FREEZE_AT 0 INPUT.FORMAT RGB MODEL.PIXEL_MEAN {MEAN} MODEL.PIXEL_STD {STD}"
+    )
 
 
 def _content(tensors: dict[str, Tensor], format: Format, name: str, fingerprint: str) -> dict[str, Any]:
@@ -112,8 +107,7 @@ def _how(format: Format, name: str, output: str) -> str:
         return f"{made}.load_state_dict(safetensors.torch.load_file({output!r})); {pixels}."
     alone = "" if depth > 10 else " It builds no ResNet-10 itself: give it one of blocks 1, 1, 1, 1."
     if format == "detectron2":
-        options = " ".join(f"{key} {value}" for key, value in _detectron2(depth))
-        return f"MODEL.WEIGHTS {output} {options}.{alone}"
+        return f"MODEL.WEIGHTS {output} {_detectron2(depth)}.{alone}"
     return (
         f'backbone=dict(type="ResNet", depth={depth}, style="pytorch", frozen_stages=-1, norm_eval=False, '
         f'norm_cfg=dict(type="SyncBN", requires_grad=True), init_cfg=dict(type="Pretrained", checkpoint={output!r})), '

@@ -93,10 +93,10 @@ def card(
         "torchvision": code("torchvision", kind, "backbone.safetensors"),
         "timm": code("timm", kind, "backbone.safetensors"),
         "detectron2": code("detectron2", kind, "detectron2.pth"),
-        "result_version": settings["version"],
+        "result_version": settings.get("version", "unknown"),
         "torch": importlib.metadata.version("torch"),
     }
-    artifacts.write_text(output, render("card.md", context))
+    artifacts.write_text(output, render("card.jinja", context))
 
 
 def _photos(backbone_path: str, manifest_path: str | None) -> int:
