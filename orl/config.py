@@ -647,6 +647,8 @@ class Config(Section):
 LABELS = ("layout", "root", "train", "test", "stages")
 SEMI_RUN = ("shares", "weight_decay", "epochs", "milestones", "batch", "momentum", "resize", "size")
 MASKS = tuple(f"downstream.detection.{key}" for key in ("root", "train", "test"))
+PHOTOS = ("data.layout", "data.exif", "data.scenes")
+DISCOVERS = ("stage1", "embeddings", "proposals", "neighbors", "rois", "correspondences")
 FEATURES = ("downstream.voc07_svm.resize", "downstream.voc07_svm.size")
 
 # What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
@@ -678,6 +680,8 @@ USES: dict[str, tuple[str, ...]] = {
     "localization": ("data.exif", "downstream.localization"),
     "attention": ("seed", "measure", "data.exif", "downstream.attention"),
     "export": (),
+    "stage1_card": ("seed", "precision", *PHOTOS, "stage1"),
+    "stage3_card": ("seed", "precision", *PHOTOS, *DISCOVERS, "stage3"),
     "proposals_recall": ("proposals.min_size",),
     "pair_boxes": ("downstream.localization.boxes",),
     "pair_precision": ("seed",),

@@ -269,6 +269,17 @@ class Places:
             for model in self.models_of(v)
         ]
 
+    def told(self, stage: str, v: str) -> list[Made]:
+        """The results that the card of a model in the folder of run `v` tells: its own, stage 1's, random weights'."""
+        users = [u for one, u in self.trained() if (one, self.owner(one, u)) == (stage, v)]
+        return [
+            (f"{task} {MODELS[model]}", u)
+            for u in users[:1]  # others may evaluate it otherwise
+            for task in self.tasks_of(u)
+            for model in self.models_of(u)
+            if MODELS[model] in ("random", "stage1", stage)
+        ]
+
     def measured(self, stage: str, task: str | None = None) -> list[Made]:
         """Results about stage 2's boxes or pairs, where there are objects to compare with."""
         there = self.objects()

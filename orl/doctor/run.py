@@ -20,7 +20,7 @@ from orl.data.decoded import beside
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, differences, open_run, rule_of
 from orl.doctor.labels import Labels, is_newer
-from orl.places import MODELS
+from orl.places import MODELS, unique
 
 Mark = Literal["ok", "stale", "damaged", "missing", "note"]
 BAD = ("stale", "damaged", "missing")
@@ -119,6 +119,7 @@ class Examination:
         for what, why in self.labels.gone.items():
             yield Finding("missing", what, why)
         yield from self._exports()
+        yield from self._cards()
         yield from self._report()
         yield from self._states()
         yield from self._rest()
@@ -565,6 +566,24 @@ class Examination:
                     older = self.chain.of_file(path) != self.chain.of_file(backbone)
                 reasons = [self.chain.other(backbone)] if older else []
                 yield self._judged(stage, v, what, "exported", "", reasons, force)
+
+    def _cards(self) -> Iterator[Finding]:
+        for stage, v in unique((stage, self.places.owner(stage, v)) for stage, v in self.places.trained()):
+            backbone, path = self.chain.files(stage, v)[0], f"{self.places.found(stage, v)}/README.md"
+            what, reasons = self.chain.short(path), list[str]()
+            if not os.path.exists(path):
+                if os.path.exists(backbone):
+                    yield Finding("missing" if self._is_finished else "note", what, "not there", again=True)
+                continue
+            told = [f"{self.places.found(stage, v)}/metrics.csv"]
+            told += [self.chain.files(*one)[0] for one in self.places.told(stage, v)]
+            newer = sorted(file for file in told if os.path.exists(file) and is_newer([file], path))
+            weights = self.chain.of_file(backbone)
+            if weights and not Path(path).read_bytes().rstrip().endswith(f"`{weights}`".encode()):
+                reasons = ["cut off, or of other weights than those there"]
+            elif newer:
+                reasons = [f"older than {self.chain.short(newer[0])}, of which it tells"]
+            yield self._judged(stage, v, what, "of these weights", "", reasons, (shlex.quote(path),))
 
     def _report(self) -> Iterator[Finding]:
         path = f"{self.places.results}/report/index.html"

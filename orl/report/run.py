@@ -59,6 +59,11 @@ def settings(path: Path) -> list[tuple[str, str, str]]:
         given = config.parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # an InputError is one
         raise InputError(f"{path}: is no config of a run ({error}); start the run again.") from None
+    return differing(given)
+
+
+def differing(given: config.Config) -> list[tuple[str, str, str]]:
+    """The settings, but for the name, that are not the defaults, as JSON: key, value, default."""
     ours, theirs = (config.flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
     return [
         (key, _text(value), _text(theirs[key]) if key in theirs else "–")

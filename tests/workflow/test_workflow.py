@@ -62,14 +62,14 @@ def snakemake(folder, config, *arguments):
 
 
 def plan(folder, config, *arguments):
-    """The jobs that would run: rule -> number; without `all`, and `graph`, which comes with any other jobs."""
+    """The jobs that would run: rule -> number; without `all`, `graph` and `card`, which come with other jobs."""
     done = snakemake(folder, config, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
     table = text.partition("Job stats:")[2].partition("total")[0]
     jobs = {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)\s*$", table, re.MULTILINE)}
-    jobs.pop("all", None)
-    jobs.pop("graph", None)
+    for rule in ("all", "graph", "card"):
+        jobs.pop(rule, None)
     assert jobs or "Nothing to be done" in text
     return jobs
 
@@ -144,6 +144,29 @@ def test_the_run_makes_every_file(finished):
         assert text in page
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_card_lies_beside_each_trained_model_and_is_made_again_with_its_scores(finished, copy):
+    for model in ("stage1", "orl"):
+        text = (finished / "results/tiny/models" / model / "README.md").read_text()
+        assert text.startswith("---\nlibrary_name: torchvision\n")
+        assert f"`{artifacts.fingerprint(finished / f'results/tiny/models/{model}/backbone.safetensors')}`" in text
+        assert re.search(
+            r"^\| VOC07 linear SVM \| mAP \|" + r" \**\d+\.\d\d\** \|" * (2 + (model == "orl")), text, re.MULTILINE
+        )
+        assert "24, drawn by a program" in text
+        assert str(finished) not in text
+    assert not (finished / "results/tiny/models/random/README.md").exists()
+
+    def cards(**change):
+        done = snakemake(copy, changed(**change), "--dry-run")
+        outputs = re.findall(r"^    output: (.+)$", done.stdout + done.stderr, re.MULTILINE)
+        return {path.split("/")[3] for path in outputs if path.endswith("README.md")}
+
+    assert cards() == set()
+    assert cards(stage3={"patch": 16}) == {"orl"}
+    assert cards(downstream={"voc07_svm": {"costs": [0.1]}}) == {"stage1", "orl"}
+    assert cards(variants={"b": {"measure": ["stage1"], "stage1": {"method": "moco"}}}) == {"stage1-b"}
 
 
 def test_the_fingerprints_form_a_chain(finished):
@@ -436,7 +459,7 @@ def test_a_change_is_made_and_going_back_finds_what_a_variant_holds(copy):
     done = snakemake(copy, changed(variants={"small": other}))
     assert done.returncode == 0, done.stdout + done.stderr
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-    assert ran == {"stage3", "features", "voc07_svm", "report", "graph", "all"}
+    assert ran == {"stage3", "features", "voc07_svm", "report", "graph", "card", "all"}
     assert (copy / "results/tiny/models/orl/backbone.safetensors").read_bytes() == before
     assert (copy / "results/tiny/models/orl-small/backbone.safetensors").read_bytes() != before
     both = changed(variants={"small": other})
@@ -703,7 +726,7 @@ def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     done = snakemake(copy, config)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
-    assert {rule: ran.count(rule) for rule in ran if rule not in ("all", "graph")} == scored
+    assert {rule: ran.count(rule) for rule in ran if rule not in ("all", "graph", "card")} == scored
     results = copy / "results" / "tiny"
     stage1 = results / "models" / "stage1"
     assert "layout ORL" in (results / "logs" / "stage1.log").read_text()
@@ -853,7 +876,7 @@ def mended(folder, *arguments):
     assert done.returncode == 0, command + done.stdout + done.stderr
     ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
     assert orl(folder, "doctor", "results/tiny", *arguments).returncode == 0
-    return {rule: ran.count(rule) for rule in ran if rule != "all"}
+    return {rule: ran.count(rule) for rule in ran if rule not in ("all", "card")}
 
 
 def cut(path):
