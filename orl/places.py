@@ -1,8 +1,8 @@
 """What a run makes, from what, and where it lies: for the workflow and for `orl doctor`.
 
 A stage is named as in PATHS; a task of a model is TASK STAGE, as `features stage3`, on a labelled set TASK.SET STAGE. A
-run `v` is a key of `config.runs`: what the names of its files and folders end in. Stage 1 of a later round is stage 3 of
-the round before.
+run `v` is a key of `config.runs`: what the names of its files and folders end in. Stage 1 of a later round is stage 3
+of the round before.
 """
 
 import hashlib
@@ -113,7 +113,6 @@ class Places:
     def given(self, v: str) -> str | None:
         """The file of weights that a run uses instead of training stage 1, or None."""
         return None if round_before(v) is not None else self.runs[v].stage1.weights
-
 
     def digest(self, stage: str, v: str) -> str:
         """Hash of the settings that decide a stage's result, its own and those of everything upstream."""

@@ -551,7 +551,8 @@ def test_a_second_round_pairs_by_the_orl_weights_and_trains_again(copy):
     assert json.loads(artifacts.attributes(rois)["inputs"])["backbone"] == artifacts.fingerprint(orl_model)
     assert artifacts.fingerprint(second) != artifacts.fingerprint(orl_model)
     page = (results / "report" / "index.html").read_text()
-    assert "orl-round2" in page and 'aria-label="The rules of the run: ' in page
+    assert "orl-round2" in page
+    assert 'aria-label="The rules of the run: ' in page
     assert is_sound(copy)
 
 
