@@ -824,8 +824,8 @@ ROUND = re.compile(r"(-|(?<=.)_)round([1-9]\d*)(?=$|\.)")  # in the name of a ru
 def runs(raw: dict) -> dict[str, Config]:
     """The configurations of the run itself, of its variants, their rounds and their repeats. Raises InputError.
 
-    They go by what the names of their files and folders end in: nothing or -VARIANT, from the second round on -roundN or
-    -VARIANT_roundN, and .seedN for a repeat.
+    They go by what the names of their files and folders end in: nothing or -VARIANT; from the second round on -roundN
+    or -VARIANT_roundN; and .seedN for a repeat.
     """
     raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
     found = {}
