@@ -270,7 +270,7 @@ class Places:
 
     def told(self, stage: str, v: str) -> list[Made]:
         """The results that the card of a model in the folder of run `v` tells: its own, stage 1's, random weights'."""
-        users = [u for one, u in self.trained() if (one, self.owner(one, u)) == (stage, v)]
+        users = [u for one, u in self.trained() if self.made(one, u) == (stage, v)]
         return [
             (f"{task} {MODELS[model]}", u)
             for u in users[:1]  # others may evaluate it otherwise

@@ -568,7 +568,7 @@ class Examination:
                 yield self._judged(stage, v, what, "exported", "", reasons, force)
 
     def _cards(self) -> Iterator[Finding]:
-        for stage, v in unique((stage, self.places.owner(stage, v)) for stage, v in self.places.trained()):
+        for stage, v in unique(self.places.made(*one) for one in self.places.trained()):
             backbone, path = self.chain.files(stage, v)[0], f"{self.places.found(stage, v)}/README.md"
             what, reasons = self.chain.short(path), list[str]()
             if not os.path.exists(path):
