@@ -106,9 +106,9 @@ def test_a_card_of_orl(made):
 
 
 def test_no_folder_is_named(made):
-    made.model("stage3", stage1={"weights": "/home/alice/a.pth", "network": {"backbone": "resnet18"}})
+    made.model("stage3", stage1={"weights": "/users/alice/a.pth", "network": {"backbone": "resnet18"}})
     score = result("orl", 64.0)
-    score["data"]["root"] = "/home/alice/voc"
+    score["data"]["root"] = "/users/alice/voc"
     text = made.card("orl", score)
     assert "whose weights were given" in text
     assert '`stage1.weights` | `"a.pth"`' in text
@@ -128,7 +128,7 @@ def test_a_card_of_stage_1_on_scenes_without_scores(made):
 
 
 def test_a_card_of_given_weights(made):
-    made.model("stage1", {"weights": "abc"}, stage1={"weights": "/home/alice/a`|b.pth"})
+    made.model("stage1", {"weights": "abc"}, stage1={"weights": "/users/alice/a`|b.pth"})
     text = made.card("stage1", result("stage1", 62.0), manifest=False)
     assert head(text)["tags"] == ["resnet18"]
     assert "did not train: it took its stage 1 from the file `a'¦b.pth` (SHA-256\n`abc`)" in text
