@@ -17,7 +17,7 @@ from orl.report import run
 DOCS = Path(__file__).parent
 PROJECT, GENERATED = DOCS.parent, DOCS / "_generated"
 
-project, author, copyright = "ORL", "the authors of this project", "MIT license"
+project, author, copyright = "ORL", "The ORL workflow authors", "MIT license"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
