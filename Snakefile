@@ -27,3 +27,4 @@ rule all:
         measured("proposals_recall"),
         measured("pair_precision"),
         exports(),
+        trained("README.md"),

@@ -43,7 +43,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     What processes of this machine that were killed left of the same file is removed, too. Raises NoRoomError.
     """
     path = Path(path)
-    with _room(path):
+    with room(path):
         temporary = path.parent / f"{_beside(path)}{secrets.token_hex(4)}.tmp"
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)  # by the user's umask
@@ -66,7 +66,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     with (
-        _room(path),
+        room(path),
         tempfile.TemporaryDirectory(".tmp", _beside(path), path.parent, ignore_cleanup_errors=True) as temporary,
     ):
         new, old = Path(temporary, "new"), Path(temporary, "old")
@@ -96,7 +96,8 @@ def _beside(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _room(path: Path) -> Iterator[None]:
+def room(path: Path) -> Iterator[None]:
+    """Raises NoRoomError, which names `path`, where the block finds no room on the disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:

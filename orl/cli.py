@@ -33,6 +33,7 @@ With what a run has made, as results/mine:
   compare RUN RUN   show the scores of several runs side by side
   attention    draw what models look at
   export       write a backbone for torchvision, timm, Detectron2 or MMDetection
+  card         write the model card of a backbone
 
 The chain, step by step:
   scenes       draw the embedded scenes, or take your own photos
@@ -312,6 +313,13 @@ def _export(args: argparse.Namespace, config: Config) -> None:
     from orl.networks.export import export
 
     export(args.backbone, args.format, args.output)
+
+
+def _card(args: argparse.Namespace, config: Config) -> None:
+    from orl.report.card import card
+
+    files = (args.backbone, args.metrics, args.manifest, args.scores, args.output)
+    card(config, args.run_name, args.name, *files)
 
 
 def _fetch(args: argparse.Namespace, config: Config) -> None:
@@ -668,6 +676,20 @@ def parser() -> argparse.ArgumentParser:
     text = "write a backbone as another framework reads it, and say how"
     sub = command("export", _export, text, BACKBONE, output="file to write: .safetensors (timm) or .pth (the others)")
     sub.add_argument("--format", required=True, choices=list(EXPORTS))
+    sub = command(
+        "card",
+        _card,
+        "write a model card, which tells what a trained backbone is, how good it is and how to load it",
+        ("--run-name", "NAME", "what the card calls the run"),
+        ("--name", "NAME", "what the results call the model"),
+        ("--backbone", "FILE", "backbone.safetensors of stage 1 or 3"),
+        ("--metrics", "FILE", "metrics.csv of its training"),
+        output="Markdown file to write, README.md beside the backbone",
+        settings=["data.layout, to stage3, seed and precision, with which it was trained"],
+    )
+    sub.add_argument("--manifest", nargs="?", metavar="FILE", help=f"{MANIFEST[2]} (not of given weights)")
+    scores_help = "results of the tasks on this model, and on those to compare it with"
+    sub.add_argument("--scores", nargs="*", default=[], metavar="FILE", help=scores_help)
     sub = command(
         "report",
         _report,

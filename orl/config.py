@@ -217,6 +217,8 @@ class Proposals(Section):
     """Longest side of the photo that selective search sees, pixels; not given: full size. About 300 is much faster."""
     min_size: Annotated[int, Field(ge=1)] = 96
     """Smallest width and height of a kept box, pixels."""
+    min_share: Probability = 0.0
+    """The same as a share of the photo's shorter side, where that is more: 0.2 is 96 of 480 pixels, 605 of 3024."""
     max_aspect: Annotated[float, Field(ge=1)] = 3.0
     """Largest width / height and height / width of a kept box."""
     max_iou: Probability = 0.5
@@ -618,6 +620,8 @@ class Config(Section):
     """Seed of every random choice."""
     repeats: Annotated[int, Field(ge=1, le=100)] = 1
     """How often all is done, with seeds `seed`, `seed` + 1, …; the report then gives mean and standard error."""
+    rounds: Annotated[int, Field(ge=1, le=10)] = 1
+    """How often stages 2 and 3 are done: from the second on, stage 2 takes the ORL weights of the round before."""
     measure: list[Measured] = ["random", "stage1", "pairs", "orl"]
     """Models to evaluate, and stage 2's boxes and pairs; what none of these needs is not made."""
     precision: Precision = "auto"
@@ -643,6 +647,8 @@ class Config(Section):
 LABELS = ("layout", "root", "train", "test", "stages")
 SEMI_RUN = ("shares", "weight_decay", "epochs", "milestones", "batch", "momentum", "resize", "size")
 MASKS = tuple(f"downstream.detection.{key}" for key in ("root", "train", "test"))
+PHOTOS = ("data.layout", "data.exif", "data.scenes")
+DISCOVERS = ("stage1", "embeddings", "proposals", "neighbors", "rois", "correspondences")
 FEATURES = ("downstream.voc07_svm.resize", "downstream.voc07_svm.size")
 
 # What each stage's result depends on beside its input files; `data.exif` decides what a decoded photo is.
@@ -674,6 +680,8 @@ USES: dict[str, tuple[str, ...]] = {
     "localization": ("data.exif", "downstream.localization"),
     "attention": ("seed", "measure", "data.exif", "downstream.attention"),
     "export": (),
+    "stage1_card": ("seed", "precision", *PHOTOS, "stage1"),
+    "stage3_card": ("seed", "precision", *PHOTOS, *DISCOVERS, "stage3"),
     "proposals_recall": ("proposals.min_size",),
     "pair_boxes": ("downstream.localization.boxes",),
     "pair_precision": ("seed",),
@@ -686,7 +694,7 @@ RESULT_VERSION: dict[str, int] = {
     "embeddings": 2,
     "neighbors": 2,
     "pair_precision": 2,
-    "report": 3,
+    "report": 4,
     "rois": 2,
     "stage1": 4,
     "stage3": 4,
@@ -810,20 +818,45 @@ def variant(raw: dict, name: str | None) -> Config:
     return parse(merge(base, change), f"config, variant {name}")
 
 
-def runs(raw: dict) -> dict[str, Config]:
-    """The configurations of the run itself, of its variants, and of their repeats. Raises InputError.
+ROUND = re.compile(r"(-|(?<=.)_)round([1-9]\d*)(?=$|\.)")  # in the name of a run
 
-    They go by what the names of their files and folders end in: nothing or -VARIANT, and .seedN for a repeat.
+
+def runs(raw: dict) -> dict[str, Config]:
+    """The configurations of the run itself, of its variants, their rounds and their repeats. Raises InputError.
+
+    They go by what the names of their files and folders end in: nothing or -VARIANT; from the second round on -roundN
+    or -VARIANT_roundN; and .seedN for a repeat.
     """
     raw = json.loads(json.dumps(raw))  # as `parse` reads it: YAML's numbers as keys become text
     found = {}
     for name in (None, *raw.get("variants", {})):
         one = variant(raw, name)
         suffix = f"-{name}" if name else ""
+        if ROUND.search(suffix):
+            raise InputError(f"config: variants.{name}: such names are those of rounds; choose another.")
         for seed in range(one.seed, one.seed + one.repeats):
             repeat = merge(raw, {"variants": {name: {"seed": seed}}} if name else {"seed": seed})
-            found[suffix if seed == one.seed else f"{suffix}.seed{seed}"] = variant(repeat, name)
+            ending = f".seed{seed}" if seed != one.seed else ""
+            first = found[suffix + ending] = variant(repeat, name)
+            later = first.model_copy(update={"measure": [what for what in first.measure if what in ("pairs", "orl")]})
+            for number in range(2, first.rounds + 1):
+                found[f"{suffix}{'_' if name else '-'}round{number}{ending}"] = later
     return found
+
+
+def round_of(v: str) -> int:
+    """The number of the round that run `v` is, a key of `runs`."""
+    found = ROUND.search(v)
+    return int(found[2]) if found else 1
+
+
+def round_before(v: str) -> str | None:
+    """The run whose ORL weights are stage 1 of run `v`, a key of `runs`; None for a first round."""
+    found = ROUND.search(v)
+    if not found:
+        return None
+    before = int(found[2]) - 1
+    return v[: found.start()] + (f"{found[1]}round{before}" if before > 1 else "") + v[found.end() :]
 
 
 def used(config: Config, stage: str) -> dict:
@@ -913,6 +946,13 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
             flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
         ).items()
     }
+
+
+def description(key: str) -> str:
+    """What a setting is, as config/README.md says it; empty where its name is the user's."""
+    path = key.split(".")
+    field = getattr(_model_at(path), "model_fields", {}).get(path[-1])
+    return (field and field.description) or ""
 
 
 def methods_table() -> str:

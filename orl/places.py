@@ -1,7 +1,8 @@
 """What a run makes, from what, and where it lies: for the workflow and for `orl doctor`.
 
 A stage is named as in PATHS; a task of a model is TASK STAGE, as `features stage3`, on a labelled set TASK.SET STAGE. A
-run `v` is a key of `config.runs`: what the names of its files and folders end in.
+run `v` is a key of `config.runs`: what the names of its files and folders end in. Stage 1 of a later round is stage 3
+of the round before.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
-from orl.config import Config, used
+from orl.config import Config, round_before, round_of, used
 
 Item = TypeVar("Item", bound=Hashable)
 Made = tuple[str, str]  # a stage and the run that it is of
@@ -111,10 +112,13 @@ class Places:
 
     def given(self, v: str) -> str | None:
         """The file of weights that a run uses instead of training stage 1, or None."""
-        return self.runs[v].stage1.weights
+        return None if round_before(v) is not None else self.runs[v].stage1.weights
 
     def digest(self, stage: str, v: str) -> str:
         """Hash of the settings that decide a stage's result, its own and those of everything upstream."""
+        before = round_before(v) if stage == "stage1" else None
+        if before is not None:
+            return self.digest("stage3", before)
         if (stage, v) not in self._digests:
             self._digests[stage, v] = self._digest(stage, v)
         return self._digests[stage, v]
@@ -133,15 +137,18 @@ class Places:
         needs_weights = stage.split()[-1] == "supervised" and not self.runs[v].supervised
         return bool(self.digest(stage, v)) and not needs_weights
 
-    def owner(self, stage: str, v: str) -> str:
-        """The run whose folder holds a stage of run `v`.
+    def made(self, stage: str, v: str) -> Made:
+        """The stage that run `v` takes for a stage, and the run whose folder holds it.
 
         The first with equal settings for the stage and everything upstream of it; among several, one whose folder was
         last made with these settings, so that going back to settings which another variant holds finds its results.
         """
+        before = round_before(v) if stage == "stage1" else None
+        if before is not None:
+            return self.made("stage3", before)
         if (stage, v) not in self._owners:
             self._owners[stage, v] = self._owner(stage, v)
-        return self._owners[stage, v]
+        return stage, self._owners[stage, v]
 
     def _owner(self, stage: str, v: str) -> str:
         wanted = self.digest(stage, v)
@@ -154,12 +161,12 @@ class Places:
 
     def found(self, stage: str, v: str = "") -> str:
         """File or folder where a stage of a run lies."""
-        return f"{self.results}/{self.place(stage, self.owner(stage, v))}"
+        return f"{self.results}/{self.place(*self.made(stage, v))}"
 
     def ledger(self) -> dict[str, str]:
         """What `held` is once this run is begun."""
-        made = ((stage, self.owner(stage, v), v) for stage in self.upstream for v in self.runs)
-        return {**self.held, **{self.place(stage, owner): self.digest(stage, v) for stage, owner, v in made}}
+        every = ((stage, v) for stage in self.upstream for v in self.runs)
+        return {**self.held, **{self.place(*self.made(*one)): self.digest(*one) for one in every}}
 
     def shards(self, stage: str, v: str = "", count: int | None = None) -> list[str]:
         """The files of the shards of a stage.
@@ -173,11 +180,17 @@ class Places:
             return [f"{folder}/{number:04}-of-{count:04}.h5" for number in range(1, count + 1)]
 
         counts = [count or getattr(self.run.compute.shards, stage)]
-        made = self.place(stage, self.owner(stage, v))
+        made = self.place(*self.made(stage, v))
         if self.held.get(made) == self.digest(stage, v):
             counts += sorted(int(file.stem[-4:]) for file in folder.glob("0001-of-????.h5"))
         complete = (count for count in counts if all(map(os.path.exists, files(count))))
         return files(next(complete, counts[0]))
+
+    def stages(self) -> list[Made]:
+        """Every stage of every run, by the run whose folder holds it, in the order in which they are made."""
+        every = [(stage, v) for stage in self.upstream for v in self.runs]
+        own = [(stage, v) for stage, v in every if self.has(stage, v) and self.made(stage, v) == (stage, v)]
+        return sorted(own, key=lambda made: round_of(made[1]))
 
     # Which data a run has
 
@@ -255,6 +268,17 @@ class Places:
             for model in self.models_of(v)
         ]
 
+    def told(self, stage: str, v: str) -> list[Made]:
+        """The results that the card of a model in the folder of run `v` tells: its own, stage 1's, random weights'."""
+        users = [u for one, u in self.trained() if self.made(one, u) == (stage, v)]
+        return [
+            (f"{task} {MODELS[model]}", u)
+            for u in users[:1]  # others may evaluate it otherwise
+            for task in self.tasks_of(u)
+            for model in self.models_of(u)
+            if MODELS[model] in ("random", "stage1", stage)
+        ]
+
     def measured(self, stage: str, task: str | None = None) -> list[Made]:
         """Results about stage 2's boxes or pairs, where there are objects to compare with."""
         there = self.objects()
@@ -286,11 +310,11 @@ class Places:
         left = self.asked()
         while left:
             stage, v = left.pop()
-            made = stage, self.owner(stage, v)
+            made = self.made(stage, v)
             if made in found:
                 continue
             found.add(made)
-            left += [(upstream, v) for upstream in self.made_from(stage, v)]
+            left += [(upstream, made[1]) for upstream in self.made_from(*made)]
         return found
 
     def made_of(self, stage: str, v: str) -> list[Made]:
@@ -302,7 +326,7 @@ class Places:
         found: dict[Made, list[Made]] = {}
         for stage, v in sorted(self.needed):
             for upstream in self.made_from(stage, v):
-                found.setdefault((upstream, self.owner(upstream, v)), []).append((stage, v))
+                found.setdefault(self.made(upstream, v), []).append((stage, v))
         return found
 
     def made_from(self, stage: str, v: str) -> list[str]:

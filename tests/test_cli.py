@@ -48,6 +48,7 @@ READS = {
     "evaluate localization --name pairs": ["--manifest", "--proposals", "--correspondences", "--annotations"],
     "attention": ["--root", "--manifest", "--proposals", "--correspondences"],
     "export --format timm": ["--backbone"],
+    "card --run-name run --name stage1": ["--backbone of stage1", "--metrics", "--manifest", "--scores"],
     "report --run-name run": [
         "--root",
         "--manifest",
@@ -186,6 +187,7 @@ def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory)
         "--rejected": folder / "rejected.csv",
         "--model": model_folder / "model.safetensors",
         "--backbone": model_folder / "backbone.safetensors",
+        "--backbone of stage1": folder / "stage1" / "backbone.safetensors",
         "--metrics": folder / "metrics.csv",
         "--scores": folder / "voc07_svm.json",
         "--annotations": folder / "instances.json",
@@ -204,6 +206,7 @@ def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory)
 
     make("manifest", given["--manifest"])
     make("propose", given["--proposals"])
+    make("pretrain --stage stage1", folder / "stage1")
     make("embed", given["--embeddings"])
     make("neighbors", given["--neighbors"])
     make("rois", given["--rois"])
@@ -225,6 +228,7 @@ def inputs(photos, labels, toy, masks, settings, model_folder, tmp_path_factory)
     make("evaluate localization --name pairs", folder / "localization.json")
     make("attention", folder / "attention")
     make("export --format timm", folder / "timm.safetensors")
+    make("card --run-name run --name stage1", folder / "README.md")
     make("report --run-name run", folder / "index.html")
     make("scenes", folder / "scenes")
     make("pretrain --stage random", folder / "random")
@@ -270,6 +274,8 @@ def test_the_commands_make_their_files(inputs):
         "localization.json",
         "attention",
         "timm.safetensors",
+        "README.md",
+        "stage1",
         "random",
         "scenes",
     }
@@ -327,6 +333,7 @@ WRONG = {
     "--metrics": "--manifest",
     "--model": "--backbone",
     "--backbone": "--model",
+    "--backbone of stage1": "--backbone",
     "--embeddings": "--neighbors",
     "--neighbors": "--embeddings",
     "--proposals": "--rois",

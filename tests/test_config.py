@@ -311,6 +311,23 @@ def test_a_repeat_differs_from_its_run_by_the_seed_alone():
     assert len(found["-v"].measure) < len(found[".seed1"].measure)
 
 
+def test_rounds_follow_their_run_and_know_the_one_before():
+    found = runs({"rounds": 2, "repeats": 2, "variants": {"b_c": {"rounds": 3}, "one": {"rounds": 1, "repeats": 1}}})
+    before = {v: config.round_before(v) for v in found}
+    assert before == {
+        "": None, "-round2": "", ".seed1": None, "-round2.seed1": ".seed1",
+        "-b_c": None, "-b_c_round2": "-b_c", "-b_c_round3": "-b_c_round2",
+        "-b_c.seed1": None, "-b_c_round2.seed1": "-b_c.seed1", "-b_c_round3.seed1": "-b_c_round2.seed1",
+        "-one": None,
+    }  # fmt: skip
+    assert [config.round_of(v) for v in found] == [1, 2, 1, 2, 1, 2, 3, 1, 2, 3, 1]
+    assert found["-round2.seed1"].seed == 1
+    assert found["-round2"].measure == ["pairs", "orl"]
+    with pytest.raises(InputError, match=r"variants\.a_round2: such names are those of rounds"):
+        runs({"variants": {"a_round2": {}}})
+    assert set(runs({"variants": {"around2": {}, "rounds": {}}})) == {"", "-around2", "-rounds"}
+
+
 def test_repeats_whose_seeds_would_be_too_large():
     with pytest.raises(InputError, match="seed"):
         runs({"seed": 2**31 - 1, "repeats": 2})
@@ -458,7 +475,7 @@ def test_every_key_is_described():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path):
     raw = yaml.safe_load(path.read_text())
-    assert parse(raw, path.name).name == raw["name"]
+    assert parse(raw, path.name).name == raw.get("name", "scenes")
     runs(raw)
     jsonschema.validate(raw, config.schema())
 

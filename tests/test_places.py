@@ -1,9 +1,13 @@
 """Where the stages of a run and its variants lie, which of them share a folder, and what a run needs."""
 
+from pathlib import Path
+
 import pytest
 
 from orl import config
 from orl.places import Places, holds_boxes
+
+PROJECT = Path(__file__).parents[1]
 
 
 def places(held=None, **raw):
@@ -22,14 +26,52 @@ def test_a_variant_shares_the_stages_whose_settings_and_upstream_agree():
         "pair_precision": "downstream/pairs-k5.json",
     }.items():
         assert run.found(stage, "-k5") == f"results/scenes/{place}"
-        assert run.owner(stage, "-k5") == "-k5"
+        assert run.made(stage, "-k5")[1] == "-k5"
 
 
 def test_repeats_lie_in_folders_that_end_in_their_seed():
     run = places(repeats=2, variants={"b": {"stage1": {"method": "simclr"}}})
     assert run.place("stage3", "-b.seed1") == "models/orl-b.seed1"
-    assert run.owner("proposals", "-b.seed1") == ".seed1"
-    assert run.owner("manifest", "-b.seed1") == ""
+    assert run.made("proposals", "-b.seed1")[1] == ".seed1"
+    assert run.made("manifest", "-b.seed1")[1] == ""
+
+
+def test_stage_1_of_a_later_round_is_the_orl_model_of_the_one_before():
+    run = places(rounds=3, repeats=2, variants={"k5": {"neighbors": {"k": 5}}, "same": {}})
+    assert run.found("stage1", "-round2") == "results/scenes/models/orl"
+    assert run.found("stage1", "-round3.seed1") == "results/scenes/models/orl-round2.seed1"
+    assert run.found("stage1", "-k5_round2") == "results/scenes/models/orl-k5"
+    assert run.found("embeddings", "-k5_round3") == "results/scenes/discovery-k5_round3/embeddings.h5"
+    assert run.found("proposals", "-k5_round3") == "results/scenes/discovery/proposals.h5"
+    assert run.found("stage3", "-same_round3") == "results/scenes/models/orl-round3"
+    assert [v for stage, v in run.trained() if stage == "stage1" and "round" in v] == []
+    own = run.stages()
+    assert ("stage1", "-round2") not in own
+    assert own.index(("stage3", "-round2")) < own.index(("embeddings", "-round3"))
+    assert ("embeddings", "-round3") in run.made_of("stage3", "-round2")
+    # What decides a round is what decides those before it.
+    other = places(rounds=2, stage1={"method": "simclr"})
+    assert other.digest("stage3", "-round2") != run.digest("stage3", "-round2")
+    assert not {place for place in run.ledger() if place.startswith("models/stage1-round")}
+
+
+def test_given_weights_are_stage_1_of_the_first_round_alone():
+    run = places(rounds=2, stage1={"weights": "weights.pth"})
+    assert (run.given(""), run.given("-round2")) == ("weights.pth", None)
+    assert "manifest" in {stage for stage, _ in run.needed}
+
+
+@pytest.mark.parametrize("files", [["config"], ["scenes-evidence"], ["coco-small", "coco-small-cpu"], ["coco"]])
+def test_the_ablations_can_be_laid_over_other_configs(files):
+    raw = {}
+    for name in (*files, "ablations"):
+        raw = config.merge(raw, config.read(str(PROJECT / "config" / f"{name}.yaml")))
+    run = places(**{**raw, "repeats": 1})
+    asked = config.read(str(PROJECT / "config" / "ablations.yaml"))["variants"]
+    # None is the run's own.
+    assert {run.owner("stage3", f"-{name}") for name in asked} == {f"-{name}" for name in asked}
+    assert {run.owner("stage1", f"-{name}") for name in asked} == {"", "-simclr", "-moco"}
+    assert {run.owner("rois", f"-{name}") for name in ("k1", "ratio50", "no_global", "random_neighbors")} == {""}
 
 
 def test_settings_that_another_folder_holds_are_found_there():

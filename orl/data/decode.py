@@ -111,7 +111,7 @@ def _decode(data: bytes, exif: Exif, reduce: int) -> Photo:
             if kind == "PNG":  # loading does not look at checksums
                 Image.open(io.BytesIO(data), formats=(kind,)).verify()
             turn = TURNS.get(_orientation(image)) if exif == "apply" else None
-            rgb = _rgb(image) if photo is None else Image.fromarray(photo)
+            rgb = as_rgb(image) if photo is None else Image.fromarray(photo)
             return np.array(rgb if turn is None else rgb.transpose(turn))  # a copy: np.asarray's is read-only
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -150,7 +150,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, as `decode` makes it."""
     if image.mode.startswith("I"):  # 16 bits in I;16 (older Pillow: I), of which convert() would clip all above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy

@@ -6,7 +6,7 @@ from functools import partial
 
 from orl import InputError, artifacts, progress
 from orl.config import Config, Data
-from orl.data import coco, decode, folder
+from orl.data import coco, decode, decoded, folder
 from orl.workers import ordered
 
 CHUNK = 32  # photos that a worker takes at a time, at most
@@ -22,20 +22,28 @@ def build(
     """Decode every photo under `root` in `workers` processes and write the manifest and the list of rejected files.
 
     Rows are in the order of the listing (`coco.list_photos`, `folder.list_photos`), whatever the workers; `width`
-    and `height` are those of the decoded photo, EXIF applied where `config.data.exif` says so. Raises InputError,
-    having written nothing, unless at least two photos can be decoded.
+    and `height` are those of the decoded photo, EXIF applied where `config.data.exif` says so. What is decoded is kept
+    beside `output` at once (see `decoded`), and taken over by later runs. Raises InputError, having written nothing
+    else, unless at least two photos can be decoded.
     """
-    photos = _list(config.data, root)
+    photos, exif, state = _list(config.data, root), config.data.exif, decoded.beside(output)
+    seen: dict[str, decoded.Seen | str] = {}
+    seen.update(decoded.unchanged(state, exif, root, (photo.path for photo in photos), workers))
+    if seen:
+        print(f"{len(seen)} photos taken over, unchanged since they were decoded ({state})", file=sys.stderr)
+    left = [photo.path for photo in photos if photo.path not in seen]
+    chunk = max(1, min(CHUNK, len(left) // (4 * workers)))
+    found = ordered(partial(inspect, root, exif), left, min(workers, len(left)), chunk)
+    results = progress.track(found, len(left), "decoding")
+    seen.update(decoded.keep(state, exif, zip(left, results, strict=True)))
     rows: list[tuple] = []
     refused: list[tuple[str, str]] = []
-    paths = [photo.path for photo in photos]
-    chunk = max(1, min(CHUNK, len(paths) // (4 * workers)))
-    found = ordered(partial(inspect, root, config.data.exif), paths, min(workers, len(paths)), chunk)
-    for photo, result in zip(photos, progress.track(found, len(photos), "decoding"), strict=True):
+    for photo in photos:
+        result = seen[photo.path]
         if isinstance(result, str):
             refused.append((shown(photo.path), result))
         else:
-            rows.append((photo.image_id, photo.path, *result, photo.part))
+            rows.append((photo.image_id, photo.path, *result[:3], photo.part))
     if not rows:
         path, reason = refused[0]
         raise InputError(f"{root}: no photo can be decoded ({path}: {reason}); name a folder of JPEG, PNG or WebP.")
@@ -84,15 +92,16 @@ def _list(data: Data, root: str | os.PathLike) -> list[folder.Photo]:
     return photos
 
 
-def inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> tuple[int, int, int] | str:
-    """Width, height and size in bytes of a photo, or why it is rejected."""
+def inspect(root: str | os.PathLike, exif: decode.Exif, path: str) -> decoded.Seen | str:
+    """Width, height, size in bytes and time of modification in ns of a photo, or why it is rejected."""
     fault = _name_fault(path)
     if fault:
         return fault
     whole = os.path.join(root, path)
+    before = decoded.identity(whole)  # so that what is written meanwhile counts as changed
     try:
         height, width, _ = decode.decode(whole, exif).shape
-        return width, height, os.stat(whole).st_size
+        return width, height, *before
     except decode.UndecodableError as error:
         return error.reason
 

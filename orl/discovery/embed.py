@@ -4,9 +4,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from orl import artifacts
-from orl.config import Config, used
+from orl.config import Config, Embeddings, used
 from orl.data.ahead import read_ahead
-from orl.data.decode import center_crop, short_side
+from orl.data.decode import Photo, center_crop, short_side
 from orl.data.manifest import load
 from orl.discovery import encode
 from orl.networks.ema import load_encoder
@@ -20,8 +20,12 @@ class _Photos(Dataset):
         self.config, self.root, self.manifest = config, root, manifest
 
     def __getitem__(self, row: int) -> np.ndarray:
-        photo = load(self.root, self.manifest, row, self.config.data.exif)
-        return center_crop(short_side(photo, self.config.embeddings.resize), self.config.embeddings.crop)
+        return picture(load(self.root, self.manifest, row, self.config.data.exif), self.config.embeddings)
+
+
+def picture(photo: Photo, section: Embeddings) -> Photo:
+    """What of a photo [H, W, 3] is embedded: uint8 [crop, crop, 3]."""
+    return center_crop(short_side(photo, section.resize), section.crop)
 
 
 def embed(

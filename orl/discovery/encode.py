@@ -27,14 +27,24 @@ def whole_batches(numbers: range, total: int) -> range:
 
 
 class Encoder:
-    """A network on the first GPU, else the CPU, whose output it makes unit rows.
+    """A network on `device`, by default the first GPU, else the CPU, whose output it makes unit rows.
 
     `precision`: auto (float16 on a GPU, else float32), float32, bfloat16 or float16. Where a GPU's memory is too small
-    for a batch, that one and all that follow are cut into halves. `path` is the file of the weights, for messages.
+    for a batch, that one and all that follow are cut into halves. `path` is the file of the weights, for messages;
+    `mean` and `std` are those of the pixels, of 0 to 1.
     """
 
-    def __init__(self, network: nn.Module, path: str | os.PathLike, precision: str) -> None:
-        self.device = backbones.device()
+    def __init__(
+        self,
+        network: nn.Module,
+        path: str | os.PathLike,
+        precision: str,
+        device: torch.device | None = None,
+        mean: Sequence[float] = backbones.MEAN,
+        std: Sequence[float] = backbones.STD,
+    ) -> None:
+        self.device = device or backbones.device()
+        self.mean, self.std = mean, std
         on_gpu = self.device.type == "cuda"
         self.network, self.path = network.to(self.device), path
         if on_gpu:
@@ -50,7 +60,8 @@ class Encoder:
             try:
                 with self.autocast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     parts = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2).split(self.most)
-                    found = torch.cat([self.network(backbones.normalize(part)).float() for part in parts])
+                    inputs = (backbones.normalize(part, self.mean, self.std) for part in parts)
+                    found = torch.cat([self.network(part).float() for part in inputs])
                 break
             except torch.OutOfMemoryError:
                 if self.most == 1:

@@ -142,12 +142,17 @@ def raw_boxes(image: np.ndarray, section: Proposals, seed: int) -> np.ndarray:
     return scaled(found, (small.shape[1], small.shape[0]), (width, height)) if len(found) else whole
 
 
+def kept_boxes(image: np.ndarray, config: Config, image_id: str) -> np.ndarray:
+    """The boxes of a photo, uint8 RGB [H, W, 3], that the filter keeps: int32 [n, 4], n at least 1."""
+    limits = config.proposals
+    raw = raw_boxes(image, limits, photo_seed(config.seed, image_id))
+    min_size = max(limits.min_size, round(limits.min_share * min(image.shape[:2])))
+    return filter_boxes(raw, min_size, limits.max_aspect, limits.max_iou, limits.top_n)
+
+
 def _kept(config: Config, root: str, manifest: artifacts.Manifest, row: int) -> np.ndarray:
     """Kept boxes of the photo in a row."""
-    image = load(root, manifest, row, config.data.exif)
-    raw = raw_boxes(image, config.proposals, photo_seed(config.seed, str(manifest.image_id[row])))
-    limits = config.proposals
-    return filter_boxes(raw, limits.min_size, limits.max_aspect, limits.max_iou, limits.top_n)
+    return kept_boxes(load(root, manifest, row, config.data.exif), config, str(manifest.image_id[row]))
 
 
 def propose(

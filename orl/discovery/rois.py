@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from orl import artifacts
 from orl.config import Config, used
 from orl.data.ahead import read_ahead
-from orl.data.decode import resize_crop
+from orl.data.decode import Photo, resize_crop
 from orl.data.manifest import load
 from orl.discovery import encode
 from orl.networks import backbones
@@ -27,13 +27,18 @@ class _Crops(Dataset):
         self.config, self.root, self.manifest, self.found, self.numbers = config, root, manifest, found, numbers
 
     def __getitem__(self, row: int) -> np.ndarray:
-        photo, size = load(self.root, self.manifest, row, self.config.data.exif), self.config.rois.size
+        photo = load(self.root, self.manifest, row, self.config.data.exif)
         first, last = self.found.box_offsets[row : row + 2]
         boxes = self.found.box[max(first, self.numbers.start) : min(last, self.numbers.stop)].tolist()
-        crops = np.empty((len(boxes), size, size, 3), np.uint8)
-        for crop, (x, y, w, h) in zip(crops, boxes, strict=True):
-            crop[:] = resize_crop(photo, (x, y, w, h), (size, size))
-        return crops
+        return cut(photo, boxes, self.config.rois.size)
+
+
+def cut(photo: Photo, boxes: list, size: int) -> np.ndarray:
+    """The crops of boxes (x, y, w, h) of a photo [H, W, 3], resized: uint8 [n, size, size, 3]."""
+    crops = np.empty((len(boxes), size, size, 3), np.uint8)
+    for crop, (x, y, w, h) in zip(crops, boxes, strict=True):
+        crop[:] = resize_crop(photo, (x, y, w, h), (size, size))
+    return crops
 
 
 def _batches(crops: Iterable[Tensor], size: int, pin: bool) -> Iterator[Tensor]:

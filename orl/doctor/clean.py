@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orl import InputError, artifacts
+from orl.data.decoded import beside
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, open_run
 
@@ -115,10 +116,7 @@ Found = tuple[str, list[Path], str]
 
 def _stages(chain: Chain, *names: str) -> Iterator[tuple[str, str]]:
     """Those whose names begin so, by the run whose folder holds them."""
-    for stage in chain.places.upstream:
-        for v in chain.places.runs:
-            if stage.startswith(names) and chain.places.has(stage, v) and chain.places.owner(stage, v) == v:
-                yield stage, v
+    return (made for made in chain.places.stages() if made[0].startswith(names))
 
 
 def _is_current(chain: Chain, stage: str, v: str) -> bool:
@@ -174,6 +172,10 @@ def _features(chain: Chain) -> Iterator[Found]:
 
 def _states(chain: Chain) -> Iterator[Found]:
     places = chain.places
+    decoded = beside(places.found("manifest"))
+    if decoded.exists() and chain.exists("manifest", ""):
+        text = "sizes of the photos decoded; without it, `--forcerun manifest` decodes all of them again"
+        yield chain.short(decoded), [decoded], text
     models = {places.found(stage, v): (stage, v) for stage in ("stage1", "stage3") for v in places.runs}
     for state in left.states(chain.results):
         made = models.get(str(state.parent))

@@ -176,25 +176,28 @@ def pictures(scenes: Scenes) -> int:
 
 def manifest(setup: Setup, job: Job, seconds: float) -> tuple[Cost, int, artifacts.Manifest]:
     """Also how many photos there are, and a manifest of some of them. Raises InputError, where none is readable."""
+    from orl.data import decoded
     from orl.data.manifest import _list, inspect
 
-    photos = _list(job.config.data, setup.root)
+    photos, exif = _list(job.config.data, setup.root), job.config.data.exif
     count = len(photos)
     if setup.scenes:
         count = setup.scenes[1].train
     drawn = np.random.default_rng(0).permutation(len(photos))[:PHOTOS]
-    found, each = clock(
-        lambda number: (photos[number], inspect(setup.root, job.config.data.exif, photos[number].path)), drawn, seconds
-    )
+    found, each = clock(lambda number: (photos[number], inspect(setup.root, exif, photos[number].path)), drawn, seconds)
     good = [(photo, seen) for photo, seen in found if not isinstance(seen, str)]
     if not good:
         raise InputError(f"{setup.root}: none of {len(found)} photos can be decoded, {found[0][0].path} for one.")
-    columns = list(zip(*((photo.image_id, photo.path, *seen, photo.part) for photo, seen in good), strict=True))
+    columns = list(zip(*((photo.image_id, photo.path, *seen[:3], photo.part) for photo, seen in good), strict=True))
     kinds = (str, str, np.int64, np.int64, np.int64, str)
     sample = artifacts.Manifest(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
-    how = f"{len(found)} photos decoded at {short(each)}"
+    state, paths = decoded.beside(job.args.output), [photo.path for photo in photos]
+    kept = len(decoded.unchanged(state, exif, setup.root, paths, job.threads))
+    how = f"{len(found)} photos decoded at {short(each)}" + (f", {kept} decoded already" if kept else "")
     line = np.mean([len(photo.path) + len(photo.image_id) + len(photo.part) + 20 for photo, _ in good])
-    cost = Cost(count * each / job.threads, how, count * float(line), memory=memory() + WORKER * (job.threads - 1))
+    cost = Cost(
+        (count - kept) * each / job.threads, how, 2 * count * float(line), memory=memory() + WORKER * (job.threads - 1)
+    )
     return cost, count, sample
 
 

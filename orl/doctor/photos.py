@@ -1,8 +1,6 @@
 """The photos of a run against its manifest."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,38 +10,23 @@ from orl import InputError
 from orl.artifacts import Manifest
 from orl.config import Config, Data
 from orl.data import coco, folder
+from orl.data.decoded import identities
 from orl.progress import track
 
-TOGETHER = 1000  # photos that a thread asks about at a time
 CHUNK = 32  # photos that a process decodes at a time
 
 
-def _stat(root: str, paths: Sequence[str]) -> list[tuple[int, float]]:
-    """Size in bytes (-1: not there) and time of the last change of each."""
-    found = []
-    for path in paths:
-        try:
-            status = os.stat(os.path.join(root, path))
-            found.append((status.st_size, status.st_mtime))
-        except OSError:
-            found.append((-1, 0.0))
-    return found
-
-
 def compare(
-    config: Config, root: str, manifest: Manifest, made: float, rejected: Sequence[str], threads: int
+    config: Config, root: str, manifest: Manifest, made: int, rejected: Sequence[str], threads: int
 ) -> dict[str, list[str]]:
     """The photos by what is to be said of them: `missing`, `changed`, `touched` and `new`; paths as in the manifest.
 
-    `made`: when the manifest was written. `changed` are those of another size in bytes, or, if they were written after
-    it, in pixels; `touched` the others of these. `new` photos are neither in the manifest nor among `rejected`; a COCO
-    file that lists them is read only if it was written after the manifest. Raises InputError.
+    `made`: when the manifest was written, in ns. `changed` are those of another size in bytes, or, if they were written
+    after it, in pixels; `touched` the others of these. `new` photos are neither in the manifest nor among `rejected`; a
+    COCO file that lists them is read only if it was written after the manifest. Raises InputError.
     """
     paths = manifest.path.tolist()
-    parts = [paths[start : start + TOGETHER] for start in range(0, len(paths), TOGETHER)]
-    with ThreadPoolExecutor(max(8, threads)) as pool:  # they wait for the disk, maybe a distant one
-        found = [one for part in pool.map(partial(_stat, root), parts) for one in part]
-    size, written = (np.array(column) for column in zip(*found, strict=True))
+    size, written = (np.array(column) for column in zip(*identities(root, paths, threads), strict=True))
     gone, other = size < 0, (size >= 0) & (size != manifest.bytes)
     changed = np.flatnonzero(other).tolist()
     later = np.flatnonzero(~gone & ~other & (written > made)).tolist()
@@ -71,10 +54,10 @@ def _same_pixels(config: Config, root: str, manifest: Manifest, rows: list[int],
     read = ordered(partial(inspect, root, config.data.exif), paths, min(threads, len(rows)), chunk)
     done = track(read, len(rows), "photos written after the manifest, read again")
     expected = [(int(manifest.width[row]), int(manifest.height[row]), int(manifest.bytes[row])) for row in rows]
-    return [one == size for one, size in zip(done, expected, strict=True)]
+    return [one[:3] == size for one, size in zip(done, expected, strict=True)]
 
 
-def _listed(data: Data, root: str, made: float) -> list[str]:
+def _listed(data: Data, root: str, made: int) -> list[str]:
     from orl.data.manifest import shown
 
     if data.layout == "folder":
@@ -84,6 +67,6 @@ def _listed(data: Data, root: str, made: float) -> list[str]:
     for file in given.values():
         if not Path(root, file).exists():
             raise InputError(f"{Path(root, file)}: is not there; correct data.annotations.")
-    left = [name for name in folders if name not in given or Path(root, given[name]).stat().st_mtime > made]
+    left = [name for name in folders if name not in given or Path(root, given[name]).stat().st_mtime_ns > made]
     listed = coco.list_photos(root, left, {name: given[name] for name in left if name in given}) if left else []
     return [shown(photo.path) for photo in listed]

@@ -16,10 +16,11 @@ import numpy as np
 
 from orl import InputError, artifacts
 from orl.config import EXPORTS, used, used_by_share
+from orl.data.decoded import beside
 from orl.doctor import content, left
 from orl.doctor.chain import MERGED, SCHEMAS, Chain, differences, open_run, rule_of
 from orl.doctor.labels import Labels, is_newer
-from orl.places import MODELS
+from orl.places import MODELS, unique
 
 Mark = Literal["ok", "stale", "damaged", "missing", "note"]
 BAD = ("stale", "damaged", "missing")
@@ -102,7 +103,7 @@ class Examination:
     def __init__(self, chain: Chain, threads: int) -> None:
         self.chain, self.places, self.threads = chain, chain.places, threads
         self.needed = self.places.needed
-        self.asked = {(stage, self.places.owner(stage, v)) for stage, v in self.places.asked()}
+        self.asked = {self.places.made(stage, v) for stage, v in self.places.asked()}
         self.stale: set[tuple[str, str]] = set()
         self.manifest: artifacts.Manifest | None = None
         self.refused: list[str] = []  # the files that are no photo
@@ -111,15 +112,14 @@ class Examination:
     def findings(self) -> Iterator[Finding]:
         """All there is to say, in the order in which things are made."""
         yield from self._snakemake()
-        for stage in self.places.upstream:
-            for v in self.places.runs:
-                if self.places.has(stage, v) and self.places.owner(stage, v) == v:
-                    yield from self._stage(stage, v)
+        for stage, v in self.places.stages():
+            yield from self._stage(stage, v)
             if stage == "manifest" and self.manifest:
                 yield from self._photos(self.manifest)
         for what, why in self.labels.gone.items():
             yield Finding("missing", what, why)
         yield from self._exports()
+        yield from self._cards()
         yield from self._report()
         yield from self._states()
         yield from self._rest()
@@ -194,8 +194,9 @@ class Examination:
         if reasons:
             return Finding("stale", what, "; ".join(reasons), force, remove)
         for upstream in self.places.made_from(stage, v):
-            if (upstream, self.places.owner(upstream, v)) in self.stale:
-                return Finding("stale", what, f"made from {self.places.place(upstream, v)}, which is stale")
+            made = self.places.made(upstream, v)
+            if made in self.stale:
+                return Finding("stale", what, f"made from {self.places.place(*made)}, which is stale")
         return Finding("ok", what, text)
 
     def _said(self, message: str) -> str:
@@ -270,7 +271,7 @@ class Examination:
                 "missing", what, f"there is no such folder{advice}", ("scenes",) if self.places.scenes else ()
             )
             return
-        made = os.stat(f"{self.places.results}/manifest.csv").st_mtime
+        made = os.stat(f"{self.places.results}/manifest.csv").st_mtime_ns
         try:
             found = compare(self.places.run, root, manifest, made, self.refused, self.threads)
         except InputError as error:
@@ -550,7 +551,7 @@ class Examination:
 
     def _exports(self) -> Iterator[Finding]:
         for stage, v in self.places.trained():
-            if self.places.owner(stage, v) != v:
+            if self.places.made(stage, v) != (stage, v):
                 continue
             backbone = self.chain.files(stage, v)[0]
             for form in self.chain.config(v).export:
@@ -565,6 +566,24 @@ class Examination:
                     older = self.chain.of_file(path) != self.chain.of_file(backbone)
                 reasons = [self.chain.other(backbone)] if older else []
                 yield self._judged(stage, v, what, "exported", "", reasons, force)
+
+    def _cards(self) -> Iterator[Finding]:
+        for stage, v in unique(self.places.made(*one) for one in self.places.trained()):
+            backbone, path = self.chain.files(stage, v)[0], f"{self.places.found(stage, v)}/README.md"
+            what, reasons = self.chain.short(path), list[str]()
+            if not os.path.exists(path):
+                if os.path.exists(backbone):
+                    yield Finding("missing" if self._is_finished else "note", what, "not there", again=True)
+                continue
+            told = [f"{self.places.found(stage, v)}/metrics.csv"]
+            told += [self.chain.files(*one)[0] for one in self.places.told(stage, v)]
+            newer = sorted(file for file in told if os.path.exists(file) and is_newer([file], path))
+            weights = self.chain.of_file(backbone)
+            if weights and not Path(path).read_bytes().rstrip().endswith(f"`{weights}`".encode()):
+                reasons = ["cut off, or of other weights than those there"]
+            elif newer:
+                reasons = [f"older than {self.chain.short(newer[0])}, of which it tells"]
+            yield self._judged(stage, v, what, "of these weights", "", reasons, (shlex.quote(path),))
 
     def _report(self) -> Iterator[Finding]:
         path = f"{self.places.results}/report/index.html"
@@ -589,6 +608,10 @@ class Examination:
             yield Finding("ok", what, "newer than all that it shows")
 
     def _states(self) -> Iterator[Finding]:
+        decoded = beside(self.places.found("manifest"))
+        if decoded.exists():
+            text = f"the photos decoded so far, {left.human(left.size_of(decoded))}; `orl manifest` takes them over"
+            yield Finding("note", self.chain.short(decoded), text)
         models = {self.places.found(stage, v): (stage, v) for stage in ("stage1", "stage3") for v in self.places.runs}
         for state in left.states(self.places.results):
             what = self.chain.short(state)
@@ -605,7 +628,7 @@ class Examination:
                 try:
                     step = left.step_of(checkpoint)
                 except InputError as error:
-                    again = made is not None and (made[0], self.places.owner(*made)) in self.needed
+                    again = made is not None and self.places.made(*made) in self.needed
                     yield Finding("damaged", what, self._said(str(error)), remove=(str(folder),), again=again)
                     continue
                 text = f"{self._told(made, folder.name, Path(str(state).removesuffix('.state')))}, step {step}, {size}"

@@ -4,7 +4,7 @@ Our own short module, so that only detection needs torchvision (9 s to import); 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -98,15 +98,15 @@ def initialize(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(part.bias)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 or 0-255 float [B, 3, H, W] -> float32 with ImageNet's mean and standard deviation taken out."""
-    mean, std = _statistics(images.device)
-    return (images.float() - mean) / std
+def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 or 0-255 float [B, 3, H, W] -> float32 with mean and standard deviation, of 0 to 1, taken out."""
+    means, stds = _statistics(images.device, tuple(mean), tuple(std))
+    return (images.float() - means) / stds
 
 
 @cache  # copying numbers to a GPU waits for all that it has to do
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1).to(device) for values in (MEAN, STD))
+def _statistics(device: torch.device, *statistics: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1).to(device) for values in statistics)
     return mean, std
 
 

@@ -205,21 +205,33 @@ def line_chart(
     return Chart(title, lines(series, ylabel, alt, xlabel, ticks), styles([line.name for line in series]), note)
 
 
-def dots(rows: Mapping[int, tuple[Sequence[float], Mean]], chance: Sequence[float], xlabel: str, alt: str) -> Picture:
-    """A chart of numbered rows, the first on top: of each the mean and, below it, small dots for several values.
+def dots(
+    rows: Sequence[tuple[str, Sequence[float], Mean]],
+    dashed: Sequence[float],
+    xlabel: str,
+    alt: str,
+    ylabel: str = "model",
+    own: int | None = None,
+    shown: Sequence[float] = (),
+) -> Picture:
+    """A chart of rows by number, the first on top: of each the mean and, below it, small dots for several values.
 
-    The mean's bar is two standard errors to either side; `chance`: where dashed lines stand.
+    The mean's bar is two standard errors to either side; `dashed`: where dashed lines stand; `own`: the row whose mean
+    is a black diamond; `shown`: further values that the axis reaches to.
     """
 
     def draw(axes: Any) -> None:
-        for value in chance:
+        for value in dashed:
             axes.axvline(value, color=COLORS[-1], linewidth=1, linestyle="--")
-        for row, (values, mean) in enumerate(rows.values()):
+        for row, (_, values, mean) in enumerate(rows):
             if len(values) > 1:
                 axes.plot(values, [row + 0.25] * len(values), "o", color=COLORS[1], markersize=3, markeredgewidth=0)
-            axes.errorbar(mean.value, row - 0.1, xerr=2 * mean.error, fmt="o", color=COLORS[0], markersize=5, capsize=3)
-        axes.set(xlabel=xlabel, ylabel="model", ylim=(len(rows) - 0.4, -0.6))
-        axes.set_yticks(range(len(rows)), labels=[str(number) for number in rows])
+            marker, color = ("D", COLORS[-1]) if row == own else ("o", COLORS[0])
+            axes.errorbar(mean.value, row - 0.1, xerr=2 * mean.error, fmt=marker, color=color, markersize=5, capsize=3)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), labels=[number for number, *_ in rows])
+        axes.update_datalim([(value, 0) for value in shown], updatey=False)
+        axes.autoscale_view(scaley=False)
 
     return _chart(draw, alt, height=0.8 + 0.3 * max(3, len(rows)))
 

@@ -16,10 +16,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from orl import InputError, __version__, artifacts
+from orl import InputError, __version__, artifacts, config
 from orl.data import decode
 from orl.data.manifest import load
 from orl.report import figures, run
+from orl.report.ablations import ablations
 from orl.report.figures import Chart, Drawing, Line, Picture, Style, line_chart
 from orl.report.repeats import by_arm, mean
 from orl.report.scores import given_once, rank, result_of, tasks
@@ -142,6 +143,7 @@ def report(
         "rule_box": run.BOX,
         "left_out": left_out,
         "tasks": scores,
+        "ablations": ablations(config.read(f"{results}/config.json"), scores_paths, pairs_paths) if results else None,
         "curves": _curves(metrics_paths),
         "attention": [_attention(path) for path in attention_paths],
         "recalls": recalls,
@@ -164,10 +166,10 @@ def report(
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """A page of this folder's templates; all that `context` names is escaped."""
+    """A page, or card, of this folder's templates; all that `context` names is escaped in HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
+        autoescape=template.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -197,7 +199,7 @@ def _read_csv(path: str, needed: Sequence[str], remedy: str) -> list[dict[str, s
 
 def _curves(paths: Sequence[str]) -> list[Chart]:
     """A loss chart per model, then feature spread and learning rate of all; of repeats, only the first is drawn."""
-    found = sorted(((Path(path).resolve().parent.name, _metrics(path)) for path in paths), key=lambda m: rank(m[0]))
+    found = sorted(((Path(path).resolve().parent.name, read_metrics(path)) for path in paths), key=lambda m: rank(m[0]))
     found = [(name, columns) for name, columns in found if len(columns["epoch"])]
     firsts = {repeats[0]: len(set(repeats)) for repeats in by_arm(name for name, _ in found).values()}
     models = [(name, columns) for name, columns in found if name in firsts]
@@ -249,7 +251,7 @@ def _speed(name: str, folder: Path, columns: dict[str, np.ndarray]) -> Line | No
     return Line(name, epochs, np.array([one.value for one in told]))
 
 
-def _metrics(path: str) -> dict[str, np.ndarray]:
+def read_metrics(path: str) -> dict[str, np.ndarray]:
     """The columns of a metrics.csv. Raises InputError."""
     rows = _read_csv(path, METRICS_COLUMNS, "train again")
     try:

@@ -22,6 +22,7 @@ from orl.doctor.estimate import duration
 NODE = re.compile(r"^\s*(\d+)\[label = \"(\w+)(?:\\nmerged: (\w+))?", re.MULTILINE)  # of `snakemake --dag dot`
 EDGE = re.compile(r"^\s*(\d+) -> (\d+)$", re.MULTILINE)
 LEFT_OUT = ("all", "graph", "merge")  # rules that make nothing new of the run's
+NEXT_ROUND = (("stage3", "embed"), ("stage3", "rois"))  # where a further round begins, through the same rules
 LONG = 60  # characters of a list of settings that is shown whole
 BOX, STEP = (104, 40), (124, 50)  # of the graph, drawing units: size of a rule, distance of the next
 
@@ -58,6 +59,11 @@ def settings(path: Path) -> list[tuple[str, str, str]]:
         given = config.parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # an InputError is one
         raise InputError(f"{path}: is no config of a run ({error}); start the run again.") from None
+    return differing(given)
+
+
+def differing(given: config.Config) -> list[tuple[str, str, str]]:
+    """The settings, but for the name, that are not the defaults, as JSON: key, value, default."""
     ours, theirs = (config.flat(one.model_dump(mode="json")) for one in (given, config.parse({})))
     return [
         (key, _text(value), _text(theirs[key]) if key in theirs else "–")
@@ -156,6 +162,7 @@ def graph(path: Path, took: list[Cost]) -> Graph:
         rules.add_edges_from(itertools.product(list(rules.pred[one]), list(rules.succ[one])))
         rules.remove_node(one)
     rules = nx.relabel_nodes(rules, {one: one[0] for one in rules})
+    rules.remove_edges_from(NEXT_ROUND)
     if not rules or not nx.is_directed_acyclic_graph(rules):
         raise InputError(f"{path}: is no graph of rules; make it again.")
     rules = nx.transitive_reduction(rules)

@@ -42,6 +42,7 @@ DISCOVERY = (
     "at least 0.5; detection rate: the share of objects that one of their photo's first n boxes overlaps as much. "
     "LOST: seed expansion on a model's last feature map (Siméoni et al., 2021)."
 )
+WHERE = {"voc07_lowshot": " (k = {:g})", "linear": " (stage {:g})", "semi": " ({:g} % of labels)", "knn": " (k = {:g})"}
 SPREADS = {"voc07_lowshot": "samples of the training photos", "semi": "runs"}
 PROTOCOLS = {
     "release": "Protocol of the ORL release: the cost of each k is the best on the test photos.",
@@ -162,7 +163,31 @@ def tasks(runs: Mapping[str, Sequence[str]]) -> list[Task]:
 
     `runs`: the files of results by the name of their run, which is empty where there is only one.
     """
-    found: dict[tuple[str, str], dict[Model, Reading]] = {}  # task, set -> model -> reading
+    return [_task(*key, models) for key, models in _readings(runs).items()]
+
+
+def first_score(paths: Sequence[str]) -> tuple[str, str, dict[str, float]] | None:
+    """The first task of the model `orl`: TASK or TASK.SET, what the score is called, and that of each model in percent.
+
+    It is the first of several measures, the last of several stages, and that by the most labels or neighbours.
+    Raises InputError. None: there is no such task.
+    """
+    for (task, name), models in _readings({"": paths}).items():
+        own = models.get(Model("orl"))
+        if own is None or task == "localization":  # by which boxes are compared
+            continue
+        score, series = next((score, series) for score, series in own.scores.items() if series)
+        key = 0 if 0 in series else max(series)
+        title = f"{TITLES.get(task, task)}{name and f': {name}'}, {score}{WHERE.get(task, '').format(key)}"
+        given = {model.name: one.scores[score] for model, one in models.items()}
+        scores = {model: values[key].value for model, values in given.items() if key in values}
+        return f"{task}{name and f'.{name}'}", title, scores
+    return None
+
+
+def _readings(runs: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], dict[Model, Reading]]:
+    """Task and set -> model -> what its result says, in the order of TITLES. Raises InputError."""
+    found: dict[tuple[str, str], dict[Model, Reading]] = {}
     for run, path in [(run, path) for run, paths in runs.items() for path in paths]:
         result = artifacts.read_results(path)
         task, metrics = str(result["task"]), result["metrics"]
@@ -175,7 +200,7 @@ def tasks(runs: Mapping[str, Sequence[str]]) -> list[Task]:
         models[Model(given_once(path, result, [model.name for model in models if model.run == run]), run)] = reading
     known = list(TITLES)
     order = sorted(found, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
-    return [_task(task, name, found[task, name]) for task, name in order]
+    return {key: found[key] for key in order}
 
 
 # Reading
@@ -638,9 +663,10 @@ def _dots(arms: Arms, scores: dict[Model, Mean], chance: list[str]) -> list[Char
 
     def chart(title: str, drawn: list[Model], dashed: list[str]) -> Chart:
         numbers = {number: arm for number, arm in enumerate(arms, 1) if arm in drawn}
-        rows = {
-            number: ([one.scores["mAP"][0].value for one in arms[arm]], scores[arm]) for number, arm in numbers.items()
-        }
+        rows = [
+            (str(number), [one.scores["mAP"][0].value for one in arms[arm]], scores[arm])
+            for number, arm in numbers.items()
+        ]
         alt = f"{title}, in percent: " + "; ".join(f"{arm} {scores[arm].text(2)}" for arm in drawn)
         notes = ["Bars: ± 2 standard errors; small dots: seeds."] if repeated else []
         notes += ["Dashed: chance."] if dashed else []

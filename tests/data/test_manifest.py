@@ -13,7 +13,7 @@ from PIL import Image
 
 from orl import InputError, artifacts, progress
 from orl.config import parse
-from orl.data import coco, decode, folder, manifest
+from orl.data import coco, decode, decoded, folder, manifest
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "coco-mini"
 
@@ -50,7 +50,7 @@ def build(root, workers=1, **data):
 def refused(root, match, **data):
     with pytest.raises(InputError, match=match) as caught:
         build(root, **data)
-    assert not list(Path(root).parent.glob("out/*"))  # nothing is written on errors
+    assert not list(Path(root).parent.glob("out/*.csv"))  # nothing is written on errors
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -124,6 +124,74 @@ def test_workers_change_nothing(root):
         written.append([(root.parent / "out" / name).read_bytes() for name in ("manifest.csv", "rejected.csv")])
     assert written[0] == written[1]
     assert len(written[0][0].splitlines()) == 21
+
+
+# What was decoded before
+
+
+def made(root):
+    return [(root.parent / "out" / name).read_bytes() for name in ("manifest.csv", "rejected.csv")]
+
+
+def state_of(root):
+    return root.parent / "out" / "manifest.csv.state"
+
+
+def test_only_what_is_new_or_changed_is_decoded_again(root, capfd):
+    for name in [*(f"{i}.jpg" for i in range(6)), *NAMES]:
+        save(root / name)
+    (root / "notes.txt").write_text("no photo")
+    build(root)
+    before = made(root)
+    assert "taken over" not in capfd.readouterr().err
+    build(root)
+    assert made(root) == before
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].startswith("13 photos taken over, unchanged since they were decoded")
+    assert told[1].startswith("decoding: 1/1")  # what was rejected may be mended
+    (root / "1.jpg").unlink()
+    save(root / "2.jpg", (50, 40))
+    os.utime(root / "3.jpg", ns=(1, 1))
+    save(root / "new" / "6.jpg")
+    (root / "notes.txt").unlink()
+    build(root)
+    changed = made(root)
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].startswith("10 photos taken over")
+    assert told[1].startswith("decoding: 3/3")
+    build(root, exif="apply")
+    assert "taken over" not in capfd.readouterr().err
+    state_of(root).unlink()
+    build(root)
+    assert made(root) == changed
+
+
+def test_lines_that_are_torn_or_spoilt_say_nothing(root, capfd):
+    for i in range(8):
+        save(root / f"{i}.jpg")
+    build(root)
+    whole, state = made(root), state_of(root)
+    lines = state.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8
+    lines[1] = lines[1].replace(b"20, 14", b"21, 14")
+    lines[2] = bytes(len(lines[2]))  # without its end, so the next one is lost, too
+    lines[4] = b""
+    state.write_bytes(b"".join(lines)[:-5])
+    capfd.readouterr()
+    for taken in (3, 8):  # then all are there again, whole
+        build(root)
+        assert f"{taken} photos taken over" in capfd.readouterr().err
+        assert made(root) == whole
+
+
+def test_two_runs_at_once_spoil_nothing(root, tmp_path):
+    names = [save(root / f"{i}.jpg").name for i in range(6)]
+    seen = [(name, manifest.inspect(root, "ignore", name)) for name in names]
+    state = tmp_path / "state"
+    first, second = decoded.keep(state, "ignore", seen[:4]), decoded.keep(state, "ignore", seen[2:])
+    for _ in zip(first, second, strict=True):
+        pass
+    assert decoded.unchanged(state, "ignore", root, names, 1) == dict(seen)
 
 
 NAMES = ["a,b.jpg", 'q"uote.jpg', "new\nline.jpg", " sp ace .jpg", "-rf.jpg", "=1+1.jpg", "ünï\u2028.jpg"]

@@ -292,6 +292,17 @@ def test_they_pass_the_same_filter(method, photos, manifest_path, manifest, tmp_
         assert [tuple(box) for box in own.tolist()] == expected_filter([tuple(box) for box in raw], 16, 3, 0.5, 6)
 
 
+def test_the_smallest_box_is_a_share_of_the_photo_where_that_is_more(photos, manifest_path, manifest, tmp_path):
+    for share, least in ((0.0, 40), (0.01, 40), (0.8, None)):
+        settings = config.parse({"proposals": {"method": "grid", "min_size": 40, "min_share": share}})
+        propose(settings, str(photos), str(manifest_path), str(tmp_path / "proposals.h5"))
+        found = artifacts.read_proposals(tmp_path / "proposals.h5")
+        for row, size in enumerate(zip(manifest.width.tolist(), manifest.height.tolist(), strict=True)):
+            own = found.box[found.box_offsets[row] : found.box_offsets[row + 1]].tolist()
+            raw = [tuple(box) for box in grid_boxes(*size).tolist()]
+            assert [tuple(box) for box in own] == expected_filter(raw, least or round(0.8 * min(size)), 3, 0.5, 100)
+
+
 def test_photo_seeds_fit_c_and_differ():
     seeds = {photo_seed(seed, name) for seed in range(20) for name in ("1", "01", "000000000139", "a/é.jpg")}
     assert len(seeds) == 80

@@ -78,6 +78,11 @@ def made(photos, tmp_path_factory):
         orl("features", features, *of, "--backbone", models / model / "backbone.safetensors")
         of += ["--features", features, "--name", model]
         orl("evaluate knn", results / "downstream" / model / "knn.mine.json", *of)
+    for model in ("stage1", "orl"):
+        of = ["--run-name", "tiny", "--name", model, "--manifest", results / "manifest.csv", "--scores"]
+        of += [results / "downstream" / one / "knn.mine.json" for one in ("stage1", "orl")[: 1 + (model == "orl")]]
+        of += ["--metrics", models / model / "metrics.csv", "--backbone", models / model / "backbone.safetensors"]
+        orl("card", models / model / "README.md", *of)
     artifacts.write_json(results / "config.json", RAW)
     artifacts.write_json(results / "variants.json", Places(config.runs(RAW), "results/tiny", {}).ledger())
     return home

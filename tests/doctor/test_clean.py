@@ -39,7 +39,7 @@ def set_config(**sections):
 
 STAYS = {"manifest.csv", "rejected.csv", "config.json", "variants.json",
          *(f"models/{model}/{name}" for model in ("stage1", "orl")
-           for name in ("backbone.safetensors", "model.safetensors", "metrics.csv", "state/lock")),
+           for name in ("backbone.safetensors", "model.safetensors", "metrics.csv", "README.md", "state/lock")),
          *(f"discovery/{name}.h5" for name in ("embeddings", "proposals", "neighbors", "correspondences")),
          *(f"downstream/{model}/knn.mine.json" for model in ("stage1", "orl"))}  # fmt: skip
 

@@ -80,7 +80,7 @@ def test_a_sound_run_that_is_not_finished(examine):
     assert told.lines["discovery/rois/"].text == "2 shards"
     assert told.lines["report/index.html"] == Line("note", "not made yet", "")
     assert told.out.splitlines()[-2].strip() == AGAIN
-    assert told.last == "results/tiny: 18 ok, 3 notes"
+    assert told.last == "results/tiny: 20 ok, 3 notes"
     states = [line.text for what, line in told.lines.items() if "/state/" in what]
     assert all(re.fullmatch(r"of the model that is there, step 2, \d+ MB", text) for text in states)
     assert len(states) == 2
@@ -243,6 +243,23 @@ def test_a_page_that_is_older_than_what_it_shows_is_stale(examine):
     line = examine().lines["report/index.html"]
     assert (line.mark, line.command) == ("stale", FORCE + "report")
     assert "which it shows" in line.text
+
+
+def test_a_card_of_other_weights_or_older_than_the_scores_is_stale(examine):
+    path, score = RUN / "models/orl/README.md", RUN / "downstream/stage1/knn.mine.json"
+    text = path.read_text()
+    assert examine().lines["models/orl/README.md"].mark == "ok"
+    path.write_text(text.replace(artifacts.fingerprint(RUN / "models/orl/backbone.safetensors"), "0"))
+    command = f"{FORCE}results/tiny/models/orl/README.md"
+    expected = Line("stale", "cut off, or of other weights than those there", command)
+    assert examine().bad() == {"models/orl/README.md": expected}
+    path.write_text(text)
+    os.utime(path, (score.stat().st_mtime - 10,) * 2)
+    line = examine().lines["models/orl/README.md"]
+    assert (line.mark, line.command) == ("stale", command)
+    assert "of which it tells" in line.text
+    path.unlink()
+    assert examine().lines["models/orl/README.md"] == Line("note", "not there", "")
 
 
 # Settings and inputs

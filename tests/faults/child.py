@@ -24,7 +24,7 @@ CONTEXT.set_forkserver_preload(
         "discovery.neighbors", "discovery.rois", "discovery.correspondences", "downstream.svm", "downstream.lowshot",
         "downstream.knn", "downstream.features", "downstream.supervised", "downstream.semi", "downstream.detection",
         "downstream.segmentation", "downstream.localization", "downstream.attention", "downstream.pairs",
-        "networks.export", "report.page", "report.compare",
+        "networks.export", "report.page", "report.card", "report.compare",
     )] + ["pytest"]  # which is what multiprocessing takes for the main module
 )  # fmt: skip
 # What changes a folder, as Python's audit hooks tell it; beside them, what is written to an HDF5 file counts.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from child import Fault, run
 from commands import COMMANDS, finals, leftovers, line
+from PIL import Image
 
 from orl import artifacts
 from orl.config import merge
@@ -52,6 +53,34 @@ def test_a_training_killed_again_and_again(seed, settings, inputs, tmp_path, rec
     assert kills
     again = train("broken")
     assert any("going on from step" in told for told in again.lines)
+    assert finals(tmp_path / "broken") == finals(tmp_path / "whole")
+    record_property("kills", kills)
+
+
+def test_a_manifest_killed_again_and_again(settings, tmp_path, record_property):
+    """It decodes only what it had not come to."""
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 256, (60, 80, 3)), np.ones((25, 25, 1))).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.jpg")
+
+    def listed(name, kill_after=None):
+        inputs = {"--root": tmp_path / "photos"}
+        arguments = line("manifest", settings, inputs, tmp_path / name)
+        at = arguments.index("--settings") + 1
+        arguments[at] = json.dumps({"data": {"layout": "folder"}})
+        return run(arguments, kill_after=kill_after)
+
+    whole = listed("whole")
+    assert whole.status == 0, whole.lines
+    dead = [listed("broken", rng.uniform(0.3, 0.6) * whole.seconds) for _ in range(3)]
+    kills = sum(done.status == -9 for done in dead)
+    assert kills
+    assert list(tmp_path.glob("broken/*.state"))
+    again = listed("broken")
+    assert again.status == 0, again.lines
+    assert any("photos taken over" in told for told in again.lines)
     assert finals(tmp_path / "broken") == finals(tmp_path / "whole")
     record_property("kills", kills)
 

@@ -115,7 +115,7 @@ def test_every_rule_takes_odd_names_and_lets_nobody_write(tmp_path):
         "compute": {"threads": 1},
     }  # fmt: skip
     models = "results/odd/models"
-    targets = [f"{models}/random/backbone.safetensors", f"{models}/orl/timm.safetensors"]
+    targets = [f"{models}/random/backbone.safetensors", f"{models}/orl/timm.safetensors", f"{models}/orl/README.md"]
     done = snakemake(folder, config, "all", *targets, umask=0)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))

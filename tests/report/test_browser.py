@@ -29,12 +29,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with everything that a page can show but attention maps."""
     run = Run(tmp_path_factory.mktemp("run"))
     run.add_metrics("orl", ["global", "intra", "inter"], 5)
-    for model, value in (("random", 20.0), ("stage1", 61.0), ("orl", 64.0)):
+    for model, value in (("random", 20.0), ("stage1", 61.0), ("orl", 64.0), ("orl-k5", 63.0)):
         run.add_score(result(model, value))
         run.add_score(lowshot(model, [value / 2, value], [1, 2]))
     run.add_recall("proposals")
     run.add_pairs("pairs")
-    (run.folder / "config.json").write_text('{"name": "mine", "seed": 3}')
+    (run.folder / "config.json").write_text('{"name": "mine", "variants": {"k5": {"neighbors": {"k": 5}}}}')
     (run.folder / "jobs.dot").write_text(DOT)
     benchmark(run.folder / "benchmarks", "embed/0001-of-0002.tsv", 60, "1024", 1)
     run.write(results=str(run.folder), graph_path=str(run.folder / "jobs.dot"), left_out=["detection is left out"])
@@ -46,7 +46,8 @@ def test_what_was_run(page) -> None:
         assert page.get_by_text(text).is_visible()
     assert page.locator("svg.graph rect").count() == 4
     page.get_by_text("1 setting that differs").click()
-    assert page.get_by_role("rowheader", name="seed").is_visible()
+    assert page.get_by_role("rowheader", name="variants.k5.neighbors.k").is_visible()
+    assert page.get_by_role("rowheader", name="neighbors.k: 10 (the run's own)").is_visible()
 
 
 @pytest.fixture(params=SIZES)

@@ -81,6 +81,9 @@ def test_the_graph_has_each_rule_once_and_no_merges(tmp_path: Path) -> None:
     assert {rule: took for _, _, rule, took in graph.boxes if took} == {"embed": "1 job · 1.0 min"}
     assert "neighbors needs embed" in graph.alt
     assert all(0 <= x <= graph.width - run.BOX[0] and 0 <= y <= graph.height - run.BOX[1] for x, y, *_ in graph.boxes)
+    next_round = '\t8[label = "stage3", ];\n\t9[label = "embed", ];\n\t6 -> 8\n\t8 -> 9\n\t9 -> 2\n}'
+    path.write_text(DOT.replace("}", next_round))
+    assert {rule for _, _, rule, _ in run.graph(path, []).boxes} == {*places, "stage3"}
     path.write_text("digraph {}")
     with pytest.raises(InputError, match=r"jobs.dot: is no graph"):
         run.graph(path, [])

@@ -62,14 +62,14 @@ def snakemake(folder, config, *arguments):
 
 
 def plan(folder, config, *arguments):
-    """The jobs that would run: rule -> number; without `all`, and `graph`, which comes with any other jobs."""
+    """The jobs that would run: rule -> number; without `all`, `graph` and `card`, which come with other jobs."""
     done = snakemake(folder, config, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
     table = text.partition("Job stats:")[2].partition("total")[0]
     jobs = {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)\s*$", table, re.MULTILINE)}
-    jobs.pop("all", None)
-    jobs.pop("graph", None)
+    for rule in ("all", "graph", "card"):
+        jobs.pop(rule, None)
     assert jobs or "Nothing to be done" in text
     return jobs
 
@@ -144,6 +144,29 @@ def test_the_run_makes_every_file(finished):
         assert text in page
     for model in ("stage1", "orl"):
         assert len((results / "models" / model / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_card_lies_beside_each_trained_model_and_is_made_again_with_its_scores(finished, copy):
+    for model in ("stage1", "orl"):
+        text = (finished / "results/tiny/models" / model / "README.md").read_text()
+        assert text.startswith("---\nlibrary_name: torchvision\n")
+        assert f"`{artifacts.fingerprint(finished / f'results/tiny/models/{model}/backbone.safetensors')}`" in text
+        assert re.search(
+            r"^\| VOC07 linear SVM \| mAP \|" + r" \**\d+\.\d\d\** \|" * (2 + (model == "orl")), text, re.MULTILINE
+        )
+        assert "24, drawn by a program" in text
+        assert str(finished) not in text
+    assert not (finished / "results/tiny/models/random/README.md").exists()
+
+    def cards(**change):
+        done = snakemake(copy, changed(**change), "--dry-run")
+        outputs = re.findall(r"^    output: (.+)$", done.stdout + done.stderr, re.MULTILINE)
+        return {path.split("/")[3] for path in outputs if path.endswith("README.md")}
+
+    assert cards() == set()
+    assert cards(stage3={"patch": 16}) == {"orl"}
+    assert cards(downstream={"voc07_svm": {"costs": [0.1]}}) == {"stage1", "orl"}
+    assert cards(variants={"b": {"measure": ["stage1"], "stage1": {"method": "moco"}}}) == {"stage1-b"}
 
 
 def test_the_fingerprints_form_a_chain(finished):
@@ -326,6 +349,22 @@ def test_a_run_with_repeats_makes_each_thing_once(tmp_path, settings, jobs):
     assert plan(tmp_path, changed(**settings)) == jobs
 
 
+def test_the_ablations_share_all_that_their_settings_leave_alone(tmp_path):
+    """config/ablations.yaml over the shipped scenes: K, ratio and the losses need nothing before what they change."""
+    files = [str(PROJECT / "config" / f"{name}.yaml") for name in ("config", "ablations")]
+    jobs = plan(tmp_path, {}, "--configfile", *files)
+    models = 1 + 2, 1 + 15  # of stage 1 and of stage 3: the run's own and the variants'
+    boxes = 1 + 4  # three numbers of them, and random ones
+    rois = boxes + 2  # features of two more models of stage 1
+    pairs = models[1] - 3  # the losses have the run's own
+    assert jobs == {
+        "scenes": 1, "manifest": 1, "random": 1, "stage1": models[0], "embed": models[0], "propose": 2 * boxes,
+        "rois": 2 * rois, "neighbors": 1 + 4 + 2, "correspond": 2 * pairs, "merge": models[0] + boxes + pairs,
+        "stage3": models[1], "features": 1 + sum(models), "voc07_svm": 1 + sum(models), "proposals_recall": boxes,
+        "pair_precision": pairs, "attention": 1, "report": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("measure", "without", "scores"),
     [
@@ -420,7 +459,7 @@ def test_a_change_is_made_and_going_back_finds_what_a_variant_holds(copy):
     done = snakemake(copy, changed(variants={"small": other}))
     assert done.returncode == 0, done.stdout + done.stderr
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-    assert ran == {"stage3", "features", "voc07_svm", "report", "graph", "all"}
+    assert ran == {"stage3", "features", "voc07_svm", "report", "graph", "card", "all"}
     assert (copy / "results/tiny/models/orl/backbone.safetensors").read_bytes() == before
     assert (copy / "results/tiny/models/orl-small/backbone.safetensors").read_bytes() != before
     both = changed(variants={"small": other})
@@ -499,6 +538,24 @@ def test_every_method_of_stage_1_reaches_the_report(copy):
     assert plan(copy, config) == {}
 
 
+def test_a_second_round_pairs_by_the_orl_weights_and_trains_again(copy):
+    config = changed(rounds=2)
+    jobs = plan(copy, config)
+    assert jobs == {"embed": 1, "merge": 2, "neighbors": 1, "rois": 3, "correspond": 2, "stage3": 1, "features": 1,
+                    "voc07_svm": 1, "pair_precision": 1, "report": 1}  # fmt: skip
+    done = snakemake(copy, config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = copy / "results" / "tiny"
+    orl_model, second = (results / "models" / name / "backbone.safetensors" for name in ("orl", "orl-round2"))
+    rois = results / "discovery-round2" / "rois" / "0001-of-0003.h5"
+    assert json.loads(artifacts.attributes(rois)["inputs"])["backbone"] == artifacts.fingerprint(orl_model)
+    assert artifacts.fingerprint(second) != artifacts.fingerprint(orl_model)
+    page = (results / "report" / "index.html").read_text()
+    assert "orl-round2" in page
+    assert 'aria-label="The rules of the run: ' in page
+    assert is_sound(copy)
+
+
 def test_every_task_on_every_model(copy):
     """With labels of photos, of random weights and of given ones; each result again only after what it depends on."""
     small = {"resize": 36, "size": 32}
@@ -537,7 +594,7 @@ def test_every_task_on_every_model(copy):
     assert len((results / "subset" / "objects" / "0.5.txt").read_text().splitlines()) == 12
     for title in ("VOC07 linear SVM", "Low-shot SVM", "Linear classification: objects", "k-NN classification: objects"):
         assert title in page
-    assert not list(results.rglob("*.state"))
+    assert not list(results.glob("downstream/**/*.state"))
     assert is_sound(copy)
 
     def after(**change):
@@ -587,7 +644,7 @@ def test_every_task_about_objects(copy):
     assert {path.name for path in (results / "models" / "orl").iterdir()} >= {"timm.safetensors", "detectron2.pth"}
     for title in ("Box AP", "Mask AP", "Segmentation", "Object discovery", "Attention maps"):
         assert title in page
-    assert not list(results.rglob("*.state"))
+    assert not list(results.glob("downstream/**/*.state"))
     assert is_sound(copy)
 
     def after(**change):
@@ -670,7 +727,7 @@ def test_given_weights_stand_in_for_stage_1(copy, tmp_path):
     done = snakemake(copy, config)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
-    assert {rule: ran.count(rule) for rule in ran if rule not in ("all", "graph")} == scored
+    assert {rule: ran.count(rule) for rule in ran if rule not in ("all", "graph", "card")} == scored
     results = copy / "results" / "tiny"
     stage1 = results / "models" / "stage1"
     assert "layout ORL" in (results / "logs" / "stage1.log").read_text()
@@ -820,7 +877,7 @@ def mended(folder, *arguments):
     assert done.returncode == 0, command + done.stdout + done.stderr
     ran = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
     assert orl(folder, "doctor", "results/tiny", *arguments).returncode == 0
-    return {rule: ran.count(rule) for rule in ran if rule != "all"}
+    return {rule: ran.count(rule) for rule in ran if rule not in ("all", "card")}
 
 
 def cut(path):

@@ -466,6 +466,39 @@ rule export:
         "orl export --format {wildcards.format} --backbone {input:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
+# A card tells the scores of its model beside those of stage 1 and of random weights.
+rule card:
+    input:
+        manifest=lambda wildcards: (
+            []
+            if wildcards.trained == "stage1" and given(wildcards.v)
+            else of("manifest")(wildcards)
+        ),
+        backbone=f"{RESULTS}/models/{{trained}}{{v}}/backbone.safetensors",
+        metrics=f"{RESULTS}/models/{{trained}}{{v}}/metrics.csv",
+        scores=lambda wildcards: where(
+            PLACES.told(MODELS[wildcards.trained], wildcards.v)
+        ),
+    output:
+        f"{RESULTS}/models/{{trained}}{{v}}/README.md",
+    log:
+        f"{RESULTS}/logs/card/{{trained}}{{v}}.log",
+    resources:
+        **asks(2000, 10),
+    params:
+        settings=lambda wildcards: decides(f"{MODELS[wildcards.trained]}_card")(
+            wildcards
+        ),
+        version=lambda wildcards: settings.RESULT_VERSION[
+            f"{MODELS[wildcards.trained]}_card"
+        ],
+        name=RUN.name,
+    shell:
+        "orl card --settings {params.settings:q} --run-name {params.name:q} --name {wildcards.trained}{wildcards.v} "
+        "--backbone {input.backbone:q} --metrics {input.metrics:q} --manifest {input.manifest:q} "
+        "--scores {input.scores:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
 rule proposals_recall:
     input:
         manifest=of("manifest"),
