@@ -88,26 +88,52 @@ def commands():
     return "# Command line\n\n" + "\n".join(pages)
 
 
-def settings():
-    """config/README.md, each key with an anchor: stage1.views.size is #key-stage1-views-size."""
-    text, mark, rest = (PROJECT / "config" / "README.md").read_text(encoding="utf-8").partition("\nDefaults of other")
+COPIES = {"README.md": "readme", "CONTRIBUTING.md": "contributing", "config/README.md": "settings"}
+
+
+def linked(text, folder):
+    """A page that lies in `folder` of the project, with links to the pages here instead of to the project's files."""
+
+    def link(found):
+        path, mark, anchor = found[2].partition("#")
+        file = os.path.normpath(f"{folder}/{path}")
+        if file in COPIES:
+            return f"[{found[1]}](/_generated/{COPIES[file]}.md{mark}{anchor})"
+        if file.startswith("docs/") and file.endswith(".md"):
+            return f"[{found[1]}](/{file.removeprefix('docs/')}{mark}{anchor})"
+        return (
+            f"{found[1]} (`{file}`)"
+            if path and (PROJECT / file).exists() and not file.startswith("docs/")
+            else found[0]
+        )
+
+    return re.sub(r"\[([^]]+)\]\(([^)\s]+)\)", link, text)
+
+
+def copied(file):
+    """A page of the project. Keys of config/README.md get anchors: stage1.views.size is #key-stage1-views-size."""
+    text, mark, rest = (PROJECT / file).read_text(encoding="utf-8").partition("\nDefaults of other")
     anchored = re.sub(
         r"^\| `([\w.]+)`", lambda key: f"| [`{key[1]}`]{{#key-{key[1].replace('.', '-')}}}", text, flags=re.M
     )
-    return anchored + mark + rest
+    return linked((anchored if file == "config/README.md" else text) + mark + rest, str(Path(file).parent))
 
 
-def guide():
-    """README.md; what it links to is in these pages."""
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    return text.replace("(config/README.md)", "(settings.md)").replace("](docs/", "](../")
+def read(app, page, source):
+    """Pages in docs/ link to files of the project, so that they can be read there, too."""
+    if not page.startswith("_generated"):
+        source[0] = linked(source[0], f"docs/{Path(page).parent}")
 
 
 def generate(app):
     GENERATED.mkdir(exist_ok=True)
-    made = {"dag.html": jobs, "commands.md": commands, "settings.md": settings, "readme.md": guide}
-    for name, make in made.items():
-        path, text = GENERATED / name, make()
+    made = {
+        "dag.html": jobs(),
+        "commands.md": commands(),
+        **{f"{name}.md": copied(file) for file, name in COPIES.items()},
+    }
+    for name, text in made.items():
+        path = GENERATED / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:  # else all would be built again
             path.write_text(text, encoding="utf-8")
 
@@ -129,4 +155,5 @@ def plain(app, what, name, of, options, lines):
 def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("builder-inited", generate)
+    app.connect("source-read", read)
     app.connect("autodoc-process-docstring", plain)

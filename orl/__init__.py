@@ -1,6 +1,6 @@
 """ORL: object-level representation learning from unlabelled scene photos (NeurIPS 2021).
 
-For use in Python (README.md, "In Python"; each is described in orl/api.py):
+For use in Python (docs/guides/python.md; each is described in orl/api.py):
 
 - `load_backbone(path)`: the backbone of a file of weights, a torch module
 - `embed(backbone, images)`: features of photos, float32 [N, C], unit rows

@@ -48,7 +48,7 @@ class Pairs(NamedTuple):
 def load_backbone(path: str | os.PathLike) -> nn.Module:
     """The backbone of a file of weights, in eval mode on the CPU: float [N, 3, H, W] -> pooled features [N, C].
 
-    Takes what `stage1.weights` takes (README.md, "Start from given weights"); no code of the file is run. Raises
+    Takes what `stage1.weights` takes (docs/guides/weights.md); no code of the file is run. Raises
     InputError.
     """
     return weights.read(path).encoder.backbone

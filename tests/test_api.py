@@ -250,14 +250,14 @@ def test_weights_that_are_not_finite_are_named(photos, backbone):
         orl.embed(backbone, photos[:1])
 
 
-def test_the_example_of_the_readme_runs(home, photos, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/python.md"])
+def test_the_example_of_a_page_runs(home, page):
     """As it stands there, in the folder of a run."""
-    (code,) = re.findall(r"## In Python\n.*?```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    code = re.search(r"```python\n(import orl\n.*?|from pathlib .*?)```", (PROJECT / page).read_text(), re.DOTALL)[1]
     names = {}
     exec(code, names)
-    assert names["features"].shape == (len(photos), 512)
+    assert names["features"].shape[1] == 512
     assert Image.open("pairs.png").size[0] > 500
-    assert capsys.readouterr().out
     assert json.loads((RUN / "config.json").read_text()) == SETTINGS
     assert config.load(str(RUN / "config.json")).rois.size == 64
     os.unlink("pairs.png")

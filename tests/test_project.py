@@ -38,8 +38,8 @@ def test_the_container_gets_what_it_is_built_from():
     assert all((PROJECT / name).exists() for name in kept)
     needed = {"pyproject.toml", "orl", METADATA["readme"], *METADATA["license-files"], "constraints.txt"}
     assert kept == needed | {"Snakefile", "workflow", "config"}
-    readme = (PROJECT / "README.md").read_text()
-    assert "docker build --file Containerfile --tag orl ." in readme
+    guide = (PROJECT / "docs" / "guides" / "gpus.md").read_text()
+    assert "docker build --file Containerfile --tag orl ." in guide
 
 
 def test_every_dependency_is_pinned_in_the_constraints():

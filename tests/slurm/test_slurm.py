@@ -127,7 +127,7 @@ def test_a_training_longer_than_its_time_limit(cluster, about_to_train, trained)
 
 
 def test_snakemake_killed(cluster, about_to_train, trained):
-    """A hasty second run does not train at the same time; the README's lines put things right."""
+    """A hasty second run does not train at the same time; the guide's lines put things right."""
     folder = about_to_train(4 * EPOCHS)
     process = snakemake(cluster, folder, STAGE1)
     first = training(cluster, folder)
@@ -140,8 +140,8 @@ def test_snakemake_killed(cluster, about_to_train, trained):
     assert (second["JobState"], second["ExitCode"]) == ("FAILED", "1:0")
     assert [job["JobId"] for job in running(cluster, folder)] == [first["JobId"]]
 
-    readme = (PROJECT / "README.md").read_text().partition("### When Snakemake itself is killed")[2]
-    lines = re.search(r"```\n(.*?)```", readme, re.DOTALL)[1].replace("config/coco.yaml", "config.yaml")
+    guide = (PROJECT / "docs" / "guides" / "slurm.md").read_text().partition("## When Snakemake itself is killed")[2]
+    lines = re.search(r"```\n(.*?)```", guide, re.DOTALL)[1].replace("config/coco.yaml", "config.yaml")
     lines = lines.replace("NAME", first["JobName"]).replace("workflow/profiles", f"{PROJECT}/workflow/profiles")
     lines = re.sub(
         r"(snakemake .*)", rf"\1 --snakefile {PROJECT}/Snakefile --slurm-init-seconds-before-status-checks 3", lines
