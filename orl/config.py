@@ -158,7 +158,7 @@ class Stage1(Section):
     method: Literal["byol", "simclr", "moco"] = "byol"
     """Self-supervised objective: BYOL, SimCLR or MoCo v2."""
     weights: str | None = None
-    """File of weights to use instead of training; the rest of `stage1` then only serves stage 3. See docs/guides/weights.md."""
+    """File of weights to use instead of training (docs/guides/weights.md); `stage1` then only serves stage 3."""
     network: Network = Network()
     views: Views = Views()
     optimizer: Optimizer = Optimizer()
