@@ -261,6 +261,7 @@ def test_the_commands_make_their_files(inputs):
     folder = inputs["--manifest"].parent
     assert {path.name for path in folder.iterdir()} == {
         *(path.name for path in inputs.values() if path.parent == folder),
+        "manifest.csv.state",
         "index.html",
         "pairs.json",
         "lowshot.json",

@@ -36,4 +36,4 @@ def test_commands_and_files_of_a_page_exist(page, capsys):
                 assert f"rule {rule}:" in RULES, words
     for file in re.findall(PLACES, page.read_text()):
         added = ("simsiam", "centroid")  # by the guides' examples
-        assert any(name in file for name in added) or (PROJECT / file).exists(), file
+        assert any(name in file for name in added) or file.startswith("docs/_") or (PROJECT / file).exists(), file

@@ -69,9 +69,9 @@ def test_the_ablations_can_be_laid_over_other_configs(files):
     run = places(**{**raw, "repeats": 1})
     asked = config.read(str(PROJECT / "config" / "ablations.yaml"))["variants"]
     # None is the run's own.
-    assert {run.owner("stage3", f"-{name}") for name in asked} == {f"-{name}" for name in asked}
-    assert {run.owner("stage1", f"-{name}") for name in asked} == {"", "-simclr", "-moco"}
-    assert {run.owner("rois", f"-{name}") for name in ("k1", "ratio50", "no_global", "random_neighbors")} == {""}
+    assert {run.made("stage3", f"-{name}")[1] for name in asked} == {f"-{name}" for name in asked}
+    assert {run.made("stage1", f"-{name}")[1] for name in asked} == {"", "-simclr", "-moco"}
+    assert {run.made("rois", f"-{name}")[1] for name in ("k1", "ratio50", "no_global", "random_neighbors")} == {""}
 
 
 def test_settings_that_another_folder_holds_are_found_there():

@@ -135,8 +135,8 @@ def test_the_estimated_disk_is_that_of_the_run(run):
     said, real = Counter(), Counter()
     for job, cost in zip(planned, costs, strict=True):
         said[job.rule] += cost.disk
-        checkpoints = folder.glob(f"{job.args.output}/state/*/checkpoint.pt")
-        real[job.rule] += sum(map(size, (*job.outputs, *checkpoints)))
+        kept = [*folder.glob(f"{job.args.output}/state/*/checkpoint.pt"), *folder.glob(f"{job.args.output}.state")]
+        real[job.rule] += sum(map(size, (*job.outputs, *kept)))
     for rule in ("random", "stage1", "stage3", "features", "embed", "rois"):
         assert said[rule] == pytest.approx(real[rule], rel=0.02), rule
     for rule in ("manifest", "propose", "neighbors", "correspond", "merge"):

@@ -80,7 +80,7 @@ def test_a_sound_run_that_is_not_finished(examine):
     assert told.lines["discovery/rois/"].text == "2 shards"
     assert told.lines["report/index.html"] == Line("note", "not made yet", "")
     assert told.out.splitlines()[-2].strip() == AGAIN
-    assert told.last == "results/tiny: 20 ok, 3 notes"
+    assert told.last == "results/tiny: 20 ok, 4 notes"
     states = [line.text for what, line in told.lines.items() if "/state/" in what]
     assert all(re.fullmatch(r"of the model that is there, step 2, \d+ MB", text) for text in states)
     assert len(states) == 2
@@ -278,6 +278,7 @@ def test_settings_that_differ_are_named_with_both_values_and_all_that_follows_is
         "discovery/neighbors.h5",
         "discovery/correspondences.h5",
         "models/orl/backbone.safetensors",
+        "models/orl/README.md",
         "downstream/orl/mine.features.h5",
         "downstream/orl/knn.mine.json",
     }
