@@ -72,7 +72,7 @@ def test_the_whole_run(cluster, tmp_path):
     assert {name: len(found) for name, found in rules.items()} == {
         "scenes": 1, "manifest": 1, "random": 1, "stage1": 1, "stage3": 1, "embed": 1, "propose": 3, "rois": 2,
         "neighbors": 1, "correspond": 1, "merge": 3, "features": 3, "voc07_svm": 3, "proposals_recall": 1,
-        "pair_precision": 1, "report": 1,
+        "pair_precision": 1, "card": 2, "report": 1,
     }  # fmt: skip
     for name, found in rules.items():
         gpus = GPU_RULES.get(name)
