@@ -38,7 +38,8 @@ from torchvision.transforms.v2 import functional as v2f
 from orl.config import Stage1, Views
 from orl.data.decode import decode, resize_crop
 from orl.data.views import random_resized_crop, rng
-from orl.networks.backbones import MEAN, STD, device
+from orl.networks import MEAN, STD
+from orl.networks.backbones import device
 from orl.pretrain.samples import ImageViews
 from orl.training import augment as own
 from orl.training.augment import SOLARIZE_THRESHOLD, augment, draw

@@ -26,8 +26,7 @@ from orl import InputError, config
 from orl.data.decode import Exif, Photo, as_rgb, decode, resize_crop
 from orl.discovery import encode
 from orl.discovery.embed import picture
-from orl.networks import weights
-from orl.networks.backbones import MEAN, STD
+from orl.networks import MEAN, STD, weights
 
 AnyPhoto = str | os.PathLike | Image.Image | np.ndarray
 Settings = Mapping[str, Any] | str | os.PathLike

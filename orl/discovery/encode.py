@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from orl import InputError
-from orl.networks import backbones
+from orl.networks import MEAN, STD, backbones
 
 BATCH = 64
 
@@ -40,8 +40,8 @@ class Encoder:
         path: str | os.PathLike,
         precision: str,
         device: torch.device | None = None,
-        mean: Sequence[float] = backbones.MEAN,
-        std: Sequence[float] = backbones.STD,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
     ) -> None:
         self.device = device or backbones.device()
         self.mean, self.std = mean, std

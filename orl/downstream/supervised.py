@@ -23,7 +23,7 @@ from orl.data.decode import Exif, decode, resize_crop
 from orl.data.views import random_resized_crop, rng
 from orl.downstream.features import BATCH, TestPhotos, crop, extract, pool, pooled
 from orl.downstream.sets import chance, describe, preset_of
-from orl.networks import backbones
+from orl.networks import STD, backbones
 from orl.training import checkpoint, ranks
 from orl.training.augment import augment, draw
 from orl.training.batches import Samples
@@ -165,7 +165,7 @@ class _Run(Run):
         self.labels = [str(stage) for stage in job.stages or [5]]
         photos = TestPhotos(job.val.root, job.val.path, crop, job.resize, size, config.data.exif)
         self.tested = Subset(photos, range(self.rank, len(photos), self.size))
-        axes = torch.tensor(AXES) * torch.tensor(DEVIATIONS) / torch.tensor(backbones.STD)[:, None]
+        axes = torch.tensor(AXES) * torch.tensor(DEVIATIONS) / torch.tensor(STD)[:, None]
         self.axes = axes.to(self.device)
 
     def train_step(self, parts: list[list]) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orl import InputError, artifacts
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+from orl.networks import MEAN, STD
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -2,15 +2,14 @@
 
 import os
 import sys
-import textwrap
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orl import InputError, artifacts
 from orl.config import EXPORTS, Format
-from orl.networks import backbones
+from orl.networks import backbones, loading
 
 DETECTRON2 = {  # part of our name -> of theirs
     "downsample.0": "shortcut",
@@ -18,7 +17,6 @@ DETECTRON2 = {  # part of our name -> of theirs
     **{f"bn{number}.": f"conv{number}.norm." for number in (1, 2, 3)},
     **{f"layer{number}.": f"res{number + 1}." for number in (1, 2, 3, 4)},
 }
-MEAN, STD = ([round(255 * value, 3) for value in values] for values in (backbones.MEAN, backbones.STD))
 
 
 def detectron2_name(key: str) -> str:
@@ -46,43 +44,7 @@ def export(path: str | os.PathLike, format: Format, output: str | os.PathLike) -
         # To an open file: by name, torch would write the temporary one's into the archive.
         with artifacts.atomic(output) as temporary, open(temporary, "wb") as file:
             torch.save(_content(tensors, format, name, made["fingerprint"]), file)
-    print(f"{output}: {name} for {format}; {_how(format, name, os.fspath(output))}", file=sys.stderr)
-
-
-def code(framework: Literal["torchvision", "timm", "detectron2"], name: str, file: str) -> str:
-    """The lines of Python that build the network in a framework and load a file: ours, or detectron2's export.
-
-    README.md and the model cards show them. Empty for a ResNet-10 in Detectron2, which builds none.
-    """
-    depth = int(name.removeprefix("resnet"))
-    if framework == "detectron2":
-        options = textwrap.wrap(_detectron2(depth).replace(", ", ","), 110, drop_whitespace=False)
-        lines = [
-            "from detectron2 import checkpoint, model_zoo, modeling\n",
-            'cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")',
-            "cfg.merge_from_list(\n    " + "\n    ".join(f'"{line}"' for line in options) + ".split()\n)",
-            f'checkpoint.DetectionCheckpointer(model := modeling.build_model(cfg)).load("{file}")',
-        ]
-        return "" if depth == 10 else "\n".join(lines)
-    if framework == "timm" and depth > 10:
-        return f'import timm\n\nmodel = timm.create_model("{name}", num_classes=0, checkpoint_path="{file}")'
-    resnet, without = f"{framework}.models.resnet", ", num_classes=0" if framework == "timm" else ""
-    small = f"{resnet}.ResNet({resnet}.BasicBlock, [1, 1, 1, 1]{without})"
-    lines = [
-        f"import safetensors.torch, {framework}\n",
-        f"model = {small if depth == 10 else f'torchvision.models.{name}()'}",
-        f'model.load_state_dict(safetensors.torch.load_file("{file}"){"" if without else ", strict=False"})',
-    ]
-    return "\n".join(lines)
-
-
-def _detectron2(depth: int) -> str:
-    """The settings, as on a command line, with which Detectron2 builds the network that the weights are of."""
-    narrow = "" if depth >= 50 else " MODEL.RESNETS.RES2_OUT_CHANNELS 64"
-    return (
-        f"MODEL.RESNETS.DEPTH {depth}{narrow} MODEL.RESNETS.STRIDE_IN_1X1 False MODEL.RESNETS.NORM SyncBN "
-        f"MODEL.BACKBONE.FREEZE_AT 0 INPUT.FORMAT RGB MODEL.PIXEL_MEAN {MEAN} MODEL.PIXEL_STD {STD}"
-    )
+    print(f"{output}: {name} for {format}; {loading.how(format, name, os.fspath(output))}", file=sys.stderr)
 
 
 def _content(tensors: dict[str, Tensor], format: Format, name: str, fingerprint: str) -> dict[str, Any]:
@@ -91,25 +53,3 @@ def _content(tensors: dict[str, Tensor], format: Format, name: str, fingerprint:
     if format == "mmdet":
         return {"meta": {"backbone": name, "fingerprint": fingerprint}, "state_dict": dict(tensors)}
     return dict(tensors)
-
-
-def _how(format: Format, name: str, output: str) -> str:
-    """What to type, or to set, so that the framework builds the same network and starts from the file."""
-    depth = int(name.removeprefix("resnet"))
-    pixels = f"RGB photos, mean {list(backbones.MEAN)}, std {list(backbones.STD)} of 0 to 1"
-    if format == "torchvision":
-        made = f"torchvision.models.{name}()" if depth > 10 else "ResNet(BasicBlock, [1, 1, 1, 1])"
-        return f"{made}.load_state_dict(torch.load({output!r}), strict=False) misses only fc.*; {pixels}."
-    if format == "timm":
-        if depth > 10:
-            return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={output!r}); {pixels}."
-        made = "timm.models.resnet.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=0)"
-        return f"{made}.load_state_dict(safetensors.torch.load_file({output!r})); {pixels}."
-    alone = "" if depth > 10 else " It builds no ResNet-10 itself: give it one of blocks 1, 1, 1, 1."
-    if format == "detectron2":
-        return f"MODEL.WEIGHTS {output} {_detectron2(depth)}.{alone}"
-    return (
-        f'backbone=dict(type="ResNet", depth={depth}, style="pytorch", frozen_stages=-1, norm_eval=False, '
-        f'norm_cfg=dict(type="SyncBN", requires_grad=True), init_cfg=dict(type="Pretrained", checkpoint={output!r})), '
-        f"data_preprocessor=dict(mean={MEAN}, std={STD}, bgr_to_rgb=True).{alone}"
-    )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orl import InputError, artifacts
 from orl.config import USES, Config
-from orl.networks.backbones import MEAN, STD
-from orl.networks.export import code
+from orl.networks import MEAN, STD
+from orl.networks.loading import code
 from orl.places import MODELS
 from orl.report.page import read_metrics, render
 from orl.report.repeats import arm_of

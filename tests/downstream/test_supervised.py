@@ -23,7 +23,7 @@ from orl.data.decode import decode
 from orl.downstream import supervised
 from orl.downstream.features import TestPhotos, by_stage, crop, extract
 from orl.downstream.sets import PRESETS, read
-from orl.networks import backbones
+from orl.networks import MEAN, STD, backbones
 from orl.training.augment import COLUMNS
 from orl.training.batches import Batches, Loader
 
@@ -102,7 +102,7 @@ def test_heads_are_trained_as_by_the_equations(root: Path, weights: Path) -> Non
     batches = Batches(24, 8, 3, 2)
     with Loader(run.samples, batches, 0, False) as found:
         parts = list(found)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbones.MEAN, backbones.STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     for step, (images, parameters, light, label) in enumerate(parts):
         run.train_step([[images, parameters, light, label]])
         views = supervised.augment(images.permute(0, 3, 1, 2), parameters)

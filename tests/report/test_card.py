@@ -12,7 +12,8 @@ from test_page import knn, result
 from orl import artifacts, cli, config
 from orl.config import EXPORTS
 from orl.networks import backbones
-from orl.networks.export import code, export
+from orl.networks.export import export
+from orl.networks.loading import code
 
 PROJECT = Path(__file__).parents[2]
 SETTINGS = {
