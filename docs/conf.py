@@ -97,6 +97,8 @@ def linked(text, folder):
     def link(found):
         path, mark, anchor = found[2].partition("#")
         file = os.path.normpath(f"{folder}/{path}")
+        if anchor.startswith("key-"):
+            return f"[{found[1]}](#{anchor})"
         if file in COPIES:
             return f"[{found[1]}](/_generated/{COPIES[file]}.md{mark}{anchor})"
         if file.startswith("docs/") and file.endswith(".md"):

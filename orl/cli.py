@@ -22,9 +22,9 @@ scores out. A whole run is one `snakemake`, in the folder of the Snakefile; each
 To begin with:
   orl doctor                          is this machine ready?
   snakemake --cores all -n            what a run on generated scenes would do (without -n: do it, five minutes)
-  snakemake --cores all --configfile config/folder.yaml --config "data={root: PHOTOS}" name=mine
-                                      a run on your photos, with the paper's settings
-  orl doctor --configfile config/folder.yaml --config "data={root: PHOTOS}"
+  snakemake --cores all --resources gpu=1 --configfile config/folder.yaml --config name=mine "data={root: PHOTOS}"
+                                      a run on your photos, for one GPU
+  orl doctor --configfile config/folder.yaml --config "data={root: PHOTOS}" name=mine
                                       how long it would take, and whether disk and memory suffice
 
 With what a run has made, as results/mine:

@@ -205,7 +205,7 @@ def report(configfiles: Sequence[str], settings: Sequence[str], seconds: float) 
 
     wanted = max(getattr(job.args, "gpus", None) or 0 for job in jobs)
     if wanted > len(devices):
-        print(f"Trainings ask for {wanted} GPUs: the more of them there are, the less time they take.")
+        print(f"Trainings ask for {wanted} GPU{'s' if wanted > 1 else ''}: the more there are, the less time it takes.")
     if load > 0.5 * cores:
         print(f"Other programs are at work here (load {load:.1f} on {cores} cores): beside them it takes longer.")
     warnings = [f"{rule}: {_first(error)}" for rule, error in failed.items() if not isinstance(error, InputError)]

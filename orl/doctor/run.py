@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -193,11 +193,14 @@ class Examination:
             return Finding("damaged", what, self._said(damage), force, remove, again)
         if reasons:
             return Finding("stale", what, "; ".join(reasons), force, remove)
-        for upstream in self.places.made_from(stage, v):
-            made = self.places.made(upstream, v)
-            if made in self.stale:
-                return Finding("stale", what, f"made from {self.places.place(*made)}, which is stale")
+        if source := self._stale_source(stage, v):
+            return Finding("stale", what, f"made from {source}, which is stale")
         return Finding("ok", what, text)
+
+    def _stale_source(self, stage: str, v: str) -> str:
+        """The place of what a stage is made from, if that is stale; else empty."""
+        made = (self.places.made(upstream, v) for upstream in self.places.made_from(stage, v))
+        return next((self.places.place(*one) for one in made if one in self.stale), "")
 
     def _said(self, message: str) -> str:
         """What an InputError says, without the path that the line begins with."""
@@ -356,7 +359,7 @@ class Examination:
         """`done`: what they are for is there, so that they may be removed."""
         folder = Path(self.places.found(stage, v).removesuffix(".h5"))
         files = sorted(folder.glob("[0-9]*-of-[0-9]*.h5"))
-        sound = 0
+        sound, stale = 0, list[Finding]()
         for path in files:
             number, count = map(int, path.stem.split("-of-"))
             part = artifacts.part(len(self.manifest), (number, count)) if self.manifest else None
@@ -364,9 +367,14 @@ class Examination:
             force = () if damage else self._targets(stage, v)
             remove = (str(path),) if damage else ()
             found = self._judged(stage, v, self.chain.short(path), text, damage, reasons, force, remove)
-            if found.mark != "ok":
+            if found.mark == "damaged":
                 yield found
+            stale += [found] * (found.mark == "stale")
             sound += found.mark == "ok"
+        if stale:  # as a rule all, and for one reason
+            first, count = stale[0], len(stale)
+            what = f"{self.chain.short(folder)}/" if count > 1 else first.what
+            yield replace(first, what=what, text=f"{count} shards: {first.text}" if count > 1 else first.text)
         if sound:
             wanted = self.places.shards(stage, v)
             here = sum(map(os.path.exists, wanted))
@@ -386,15 +394,15 @@ class Examination:
             found = artifacts.attributes(path)
             content.check_stamp(path, found, schema)
             reasons = self.chain.reasons(stage, v, found)
-            if shard and "rows" in found and part and not reasons:
+            alone = bool(reasons or self._stale_source(stage, v))  # what it was made from is not what is there now
+            if shard and "rows" in found and part and not alone:
                 if json.loads(found["rows"]) != [part.start, part.stop, part.total]:
                     raise InputError(f"{path}: holds rows {found['rows']} of the manifest, not those of its name.")
             elif shard and "rows" not in found:
                 raise InputError(f"{path}: is no shard.")
             elif not shard and "rows" in found:
                 raise InputError(f"{path}: is one shard, not the whole.")
-            # What it was made from is needed to judge what it holds.
-            if reasons:
+            if alone:
                 return "", content.check_arrays(path, schema), reasons
             offsets = self._offsets(v) if schema in (artifacts.ROIS, artifacts.CORRESPONDENCES) else None
             return "", content.check_arrays(path, schema, part, self.manifest, offsets), reasons

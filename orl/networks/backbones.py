@@ -118,7 +118,7 @@ def described(path: str | os.PathLike, key: str) -> str:
     """What a model file's attribute says of its network. Raises InputError."""
     found = artifacts.attributes(path).get(key)
     if found is None:
-        raise InputError(f"{path}: does not say its {key}; make it with `orl pretrain`.")
+        raise InputError(f"{path}: does not say its {key}; name a backbone.safetensors, as `orl pretrain` makes it.")
     return found
 
 

@@ -51,12 +51,12 @@ def how(format: Format, name: str, output: str) -> str:
     pixels = f"RGB photos, mean {list(MEAN)}, std {list(STD)} of 0 to 1"
     if format == "torchvision":
         made = f"torchvision.models.{name}()" if depth > 10 else "ResNet(BasicBlock, [1, 1, 1, 1])"
-        return f"{made}.load_state_dict(torch.load({output!r}), strict=False) misses only fc.*; {pixels}."
+        return f"(model := {made}).load_state_dict(torch.load({output!r}), strict=False) misses only fc.*; {pixels}."
     if format == "timm":
         if depth > 10:
-            return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={output!r}); {pixels}."
+            return f"model = timm.create_model({name!r}, num_classes=0, checkpoint_path={output!r}); {pixels}."
         made = "timm.models.resnet.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=0)"
-        return f"{made}.load_state_dict(safetensors.torch.load_file({output!r})); {pixels}."
+        return f"(model := {made}).load_state_dict(safetensors.torch.load_file({output!r})); {pixels}."
     alone = "" if depth > 10 else " It builds no ResNet-10 itself: give it one of blocks 1, 1, 1, 1."
     if format == "detectron2":
         return f"MODEL.WEIGHTS {output} {_detectron2(depth)}.{alone}"

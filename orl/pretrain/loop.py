@@ -94,9 +94,10 @@ def train(
     optimizer_settings = settings.optimizer
     manifest = artifacts.read_manifest(manifest_path)
     if len(manifest) < optimizer_settings.batch:
+        smaller = f"{stage}={{optimizer: {{batch: {max(2, len(manifest) // 2)}}}}}"
         raise InputError(
             f"{stage}.optimizer.batch is {optimizer_settings.batch}, but {manifest_path} lists only {len(manifest)} "
-            f"photos; make the batch smaller."
+            f"photos; make the batch smaller, as by --config '{smaller}'."
         )
     if isinstance(settings, Stage1) and settings.method == "simclr" and optimizer_settings.accumulation > 1:
         raise InputError(f"{stage}.optimizer.accumulation: simclr compares all photos of a batch at once; set it to 1.")

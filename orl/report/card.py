@@ -83,6 +83,7 @@ def card(
         "fingerprint": made["fingerprint"],
         "settings": [] if given else [tuple(map(_plain, row)) for row in _settings(config, stage)],
         "optimizer": optimizer,
+        "size": None if given else section["views"]["size"],
         "precision": settings.get("precision"),
         "last": last,
         "models": models,

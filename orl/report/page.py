@@ -162,6 +162,9 @@ def report(
     artifacts.write_text(output, render("page.html", context))
     for task in scores:
         print("\n".join(task.lines))
+    trained = {Path(path).parent.name: Path(path).parent for path in metrics_paths}
+    if own := trained.get("orl") or trained.get("stage1"):
+        print(f"weights: {own}/backbone.safetensors")
     print(f"page: {output}")
 
 

@@ -284,6 +284,16 @@ def test_settings_that_differ_are_named_with_both_values_and_all_that_follows_is
     }
 
 
+def test_another_list_of_photos_makes_all_that_follows_stale_and_nothing_damaged(examine):
+    (Path("photos") / "000000000000.jpg").unlink()
+    main(["manifest", "--settings", str(RUN / "config.json"), "--root", "photos", "--output", str(RUN / "manifest.csv"),
+          "--rejected", str(RUN / "rejected.csv")])  # fmt: skip
+    told = examine()
+    assert {line.mark for line in told.bad().values()} == {"stale"}
+    assert told.lines["discovery/proposals/"].text == "2 shards: made from another manifest.csv than the one there"
+    assert told.lines["discovery/correspondences.h5"].text == "made from discovery/neighbors.h5, which is stale"
+
+
 def test_another_config_tells_what_it_would_make_again(examine):
     other = config.merge(json.loads((RUN / "config.json").read_text()), {"stage1": {"optimizer": {"epochs": 2}}})
     artifacts.write_json("other.yaml", other)

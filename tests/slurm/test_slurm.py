@@ -143,7 +143,7 @@ def test_snakemake_killed(cluster, about_to_train, trained):
 
     guide = (PROJECT / "docs" / "guides" / "slurm.md").read_text().partition("## When Snakemake itself is killed")[2]
     lines = re.search(r"```\n(.*?)```", guide, re.DOTALL)[1].replace("config/coco.yaml", "config.yaml")
-    lines = lines.replace("NAME", first["JobName"]).replace("workflow/profiles", f"{PROJECT}/workflow/profiles")
+    lines = lines.replace("NAME", first["JobName"]).replace("~/orl-slurm", f"{PROJECT}/workflow/profiles/slurm")
     lines = re.sub(
         r"(snakemake .*)", rf"\1 --snakefile {PROJECT}/Snakefile --slurm-init-seconds-before-status-checks 3", lines
     )

@@ -46,7 +46,13 @@ def plan():
                 f"{Path(found(stage, v)).name} ({method}{section.optimizer.epochs} epochs)"
             )
     yield listed("trained", trained)
-    measured = [f"{model}{v}" for v in RUNS for model in models_of(v)]
+    measured = [
+        f"{model}{PLACES.made(what, v)[1]}"
+        for v in RUNS
+        for model in models_of(v)
+        for what in [f"{task} {MODELS[model]}" for task in PLACES.tasks_of(v)]
+        or [MODELS[model]]
+    ]
     yield listed("measured", measured)
     tasks = [task for v in RUNS for task in PLACES.tasks_of(v)] + ["attention"] * bool(
         seen()
