@@ -101,24 +101,21 @@ def linked(text, folder):
             return f"[{found[1]}](#{anchor})"
         if file in COPIES:
             return f"[{found[1]}](/_generated/{COPIES[file]}.md{mark}{anchor})"
-        if file.startswith("docs/") and file.endswith(".md"):
-            return f"[{found[1]}](/{file.removeprefix('docs/')}{mark}{anchor})"
-        return (
-            f"{found[1]} (`{file}`)"
-            if path and (PROJECT / file).exists() and not file.startswith("docs/")
-            else found[0]
-        )
+        if file.startswith("docs/"):
+            return f"[{found[1]}](/{file.removeprefix('docs/')}{mark}{anchor})" if file.endswith(".md") else found[0]
+        return f"{found[1]} (`{file}`)" if path and (PROJECT / file).exists() else found[0]
 
     return re.sub(r"\[([^]]+)\]\(([^)\s]+)\)", link, text)
 
 
 def copied(file):
     """A page of the project. Keys of config/README.md get anchors: stage1.views.size is #key-stage1-views-size."""
-    text, mark, rest = (PROJECT / file).read_text(encoding="utf-8").partition("\nDefaults of other")
-    anchored = re.sub(
-        r"^\| `([\w.]+)`", lambda key: f"| [`{key[1]}`]{{#key-{key[1].replace('.', '-')}}}", text, flags=re.M
-    )
-    return linked((anchored if file == "config/README.md" else text) + mark + rest, str(Path(file).parent))
+    text = (PROJECT / file).read_text(encoding="utf-8")
+    if file == "config/README.md":
+        keys, mark, rest = text.partition("\nDefaults of other")
+        name = re.compile(r"^\| `([\w.]+)`", re.M)
+        text = name.sub(lambda key: f"| [`{key[1]}`]{{#key-{key[1].replace('.', '-')}}}", keys) + mark + rest
+    return linked(text, str(Path(file).parent))
 
 
 def read(app, page, source):

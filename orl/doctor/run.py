@@ -359,7 +359,7 @@ class Examination:
         """`done`: what they are for is there, so that they may be removed."""
         folder = Path(self.places.found(stage, v).removesuffix(".h5"))
         files = sorted(folder.glob("[0-9]*-of-[0-9]*.h5"))
-        sound, stale = 0, list[Finding]()
+        sound, stale = 0, dict[str, list[Finding]]()  # by the reason
         for path in files:
             number, count = map(int, path.stem.split("-of-"))
             part = artifacts.part(len(self.manifest), (number, count)) if self.manifest else None
@@ -369,12 +369,14 @@ class Examination:
             found = self._judged(stage, v, self.chain.short(path), text, damage, reasons, force, remove)
             if found.mark == "damaged":
                 yield found
-            stale += [found] * (found.mark == "stale")
+            elif found.mark == "stale":
+                stale.setdefault(found.text, []).append(found)
             sound += found.mark == "ok"
-        if stale:  # as a rule all, and for one reason
-            first, count = stale[0], len(stale)
-            what = f"{self.chain.short(folder)}/" if count > 1 else first.what
-            yield replace(first, what=what, text=f"{count} shards: {first.text}" if count > 1 else first.text)
+        for text, (first, *others) in stale.items():
+            if others:
+                text = f"{1 + len(others)} shards: {text}"
+                first = replace(first, what=f"{self.chain.short(folder)}/", text=text)
+            yield first
         if sound:
             wanted = self.places.shards(stage, v)
             here = sum(map(os.path.exists, wanted))

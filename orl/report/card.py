@@ -60,6 +60,7 @@ def card(
     optimizer = section.get("optimizer", {})
     method = "" if given else "orl" if stage == "stage3" else section["method"]
     kind, measured = made["backbone"], tasks({"": scores_paths})
+    roots = {str(artifacts.read_results(path)["data"].get("root")) for path in scores_paths}
     scores = _scores(measured)
     models = sorted({model for _, _, cells in scores for model in cells}, key=rank)
     if measured and _kind(name) not in models:
@@ -88,7 +89,7 @@ def card(
         "last": last,
         "models": models,
         "scores": [(*named, [cells.get(model, "–") for model in models]) for *named, cells in scores],
-        "notes": [(task.title, " ".join(_notes(task, scores_paths))) for task in measured],
+        "notes": [(task.title, " ".join(_notes(task, roots))) for task in measured],
         "mean": list(MEAN),
         "std": list(STD),
         "torchvision": code("torchvision", kind, "backbone.safetensors"),
@@ -152,9 +153,8 @@ def _scores(measured: Sequence[Task]) -> list[tuple[str, str, dict[str, str]]]:
     return rows
 
 
-def _notes(task: Task, scores_paths: Sequence[str]) -> list[str]:
-    """What is said of a task's scores, without the folders that photos lie in."""
-    roots = {str(artifacts.read_results(path)["data"].get("root")) for path in scores_paths}
+def _notes(task: Task, roots: set[str]) -> list[str]:
+    """What is said of a task's scores, without `roots`, the folders that photos lie in."""
     notes = task.notes
     for root in sorted(roots, key=len, reverse=True):
         notes = [note.replace(f", in {root}", "") for note in notes]
